@@ -1,0 +1,65 @@
+# Thin lines over .venv/bin. `make check` is what CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test fmt lint types cov check docs docs-check bench crash-test lock clean
+
+setup: $(STAMP)
+
+# Everything comes from the lock with hashes; the project itself is installed editable with the
+# build tool of the lock, so that nothing unlocked is fetched.
+$(STAMP): requirements/dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+demo: setup
+	@$(BIN)/falco-forwarder demo $(if $(KEEP),--keep,--once)
+
+test: setup
+	$(BIN)/pytest -n 2 $(ARGS)
+
+fmt: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: setup
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/lint-imports > /dev/null || $(BIN)/lint-imports
+	$(BIN)/codespell forwarder tests bench docs README.md CHANGELOG.md
+
+types: setup
+	$(BIN)/mypy
+
+cov: setup
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+docs: setup
+	$(BIN)/python docs/generate.py
+
+docs-check: setup
+	$(BIN)/python docs/generate.py --check
+
+check: lint types docs-check cov
+
+bench: setup
+	$(BIN)/python bench/run.py $(ARGS)
+
+# Kills real processes with SIGKILL, and cuts the power in simulation (needs a C compiler).
+crash-test: setup
+	$(BIN)/pytest -m crash --timeout 900 -v $(ARGS)
+
+lock: setup
+	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header requirements/runtime.in -o requirements/runtime.txt
+	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header requirements/dev.in -o requirements/dev.txt
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .coverage*
