@@ -1,0 +1,263 @@
+"""Configuration: one YAML file, plus environment variables, into frozen structs.
+
+This module knows the rules, not the settings: every component declares its own frozen
+``msgspec.Struct`` beside its code (type, default, bounds, unit, meaning), and the composition root
+nests them into one schema. ``load`` walks schema and data side by side and reports *every* fault at
+once, each with the path of its key; it touches nothing but the file it reads.
+
+Rules: unknown keys are faults, in the file and as ``FORWARDER__...`` names alike. The environment
+wins over the file. A key ``a.b`` is ``FORWARDER__A__B`` there; its value is text for text settings
+and YAML for all others.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+
+import msgspec
+import yaml
+
+ENVIRONMENT_PREFIX = "FORWARDER__"
+FILE_BYTES_MAX = 1 << 20
+
+PriorityName = Literal[
+    "emergency", "alert", "critical", "error", "warning", "notice", "informational", "info", "debug"
+]
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+class Fault(NamedTuple):
+    """One thing wrong with the configuration: the key's dotted path, and what to do about it."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; ``faults`` lists everything that is wrong with it."""
+
+    def __init__(self, faults: list[Fault]) -> None:
+        super().__init__("; ".join(map(str, faults)))
+        self.faults = faults
+
+
+def setting(description: str, *, unit: str = "", **bounds: Any) -> msgspec.Meta:
+    """The annotation of a setting: its meaning and unit for the docs, its bounds (``ge``, ``le``, ...)."""
+    return msgspec.Meta(description=description, extra={"unit": unit}, **bounds)
+
+
+class Documented(NamedTuple):
+    """One leaf of the schema, as the generated docs show it."""
+
+    key: str
+    environment: str
+    default: Any
+    unit: str
+    meaning: str
+    type: str
+
+
+def load(schema: type[S], path: Path | None, environment: Mapping[str, str] | None = None) -> S:
+    """Read the file and the environment into ``schema``; raise ``ConfigError`` with all faults.
+
+    A settings struct may have a method ``faults`` for what no single key can tell (a log group where
+    the sink is on): pairs of key and text.
+    """
+    faults: list[Fault] = []
+    data = _read(path, faults) if path else {}
+    _merge_environment(schema, data, os.environ if environment is None else environment, faults)
+    settings = _decode_struct(schema, data, "", faults)
+    if faults or settings is None:
+        raise ConfigError(faults)
+    return settings
+
+
+def documented(schema: type[msgspec.Struct], prefix: str = "") -> Iterator[Documented]:
+    """Every leaf of the schema in order, for docs/configuration.md."""
+    for field in msgspec.structs.fields(schema):
+        key = f"{prefix}{field.name}"
+        base, meta = _unwrap(field.type)
+        if _is_struct(base):
+            yield from documented(base, f"{key}.")
+            continue
+        yield Documented(
+            key=key,
+            environment=ENVIRONMENT_PREFIX + key.upper().replace(".", "__"),
+            default=field.default_factory()
+            if field.default_factory is not msgspec.NODEFAULT
+            else field.default,
+            unit=str((meta.extra or {}).get("unit", "")) if meta else "",
+            meaning=(meta.description or "") if meta else "",
+            type=_type_name(base),
+        )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice instead of keeping the last one silently."""
+
+
+def _construct_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.MarkedYAMLError(problem=f"key {key!r} is not text", problem_mark=key_node.start_mark)
+        if key in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"key {key!r} is given twice", problem_mark=key_node.start_mark
+            )
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_mapping)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
+
+
+def _read(path: Path, faults: list[Fault]) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(FILE_BYTES_MAX + 1)
+        if len(raw) > FILE_BYTES_MAX:
+            faults.append(Fault(str(path), f"larger than {FILE_BYTES_MAX} bytes"))
+            return {}
+        data = _parse_yaml(raw.decode())
+    except OSError as error:
+        faults.append(Fault(str(path), f"cannot be read: {error.strerror or error}"))
+    except UnicodeDecodeError as error:
+        faults.append(Fault(str(path), f"is not UTF-8 text (byte {error.start})"))
+    except (yaml.YAMLError, RecursionError) as error:
+        faults.append(Fault(str(path), f"is not valid YAML: {' '.join(str(error).split())}"))
+    else:
+        if data is None:
+            return {}
+        if isinstance(data, dict):
+            return data
+        faults.append(Fault(str(path), "must be a mapping of sections"))
+    return {}
+
+
+def _merge_environment(
+    schema: type[msgspec.Struct], data: dict[str, Any], environment: Mapping[str, str], faults: list[Fault]
+) -> None:
+    known = {leaf.environment: leaf.key for leaf in documented(schema)}
+    types = dict(_leaf_types(schema))
+    for name in sorted(environment):
+        if not name.upper().startswith(ENVIRONMENT_PREFIX):
+            continue
+        key = known.get(name.upper())
+        if key is None:
+            faults.append(Fault(name, f"unknown setting{_suggest(name.upper(), known)}"))
+            continue
+        value: Any = environment[name]
+        if types[key] is not str:
+            try:
+                value = _parse_yaml(value)
+            except yaml.YAMLError:
+                faults.append(Fault(name, f"is not valid YAML: {value!r}"))
+                continue
+        *sections, leaf = key.split(".")
+        target = data
+        for section in sections:
+            below = target.setdefault(section, {})
+            if not isinstance(below, dict):
+                break  # the file's fault, reported by the walk
+            target = below
+        else:
+            target[leaf] = value
+
+
+def _leaf_types(schema: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in msgspec.structs.fields(schema):
+        base, _ = _unwrap(field.type)
+        if _is_struct(base):
+            yield from _leaf_types(base, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", base
+
+
+def _decode_struct(schema: type[S], data: Any, where: str, faults: list[Fault]) -> S | None:
+    if not isinstance(data, dict):
+        faults.append(Fault(where.rstrip("."), f"must be a mapping, not {_describe(data)}"))
+        return None
+    fields = {field.name: field for field in msgspec.structs.fields(schema)}
+    faults.extend(
+        Fault(f"{where}{key}", f"unknown key{_suggest(key, fields)}") for key in data if key not in fields
+    )
+    values: dict[str, Any] = {}
+    complete = True
+    for name, field in fields.items():
+        base, _ = _unwrap(field.type)
+        if _is_struct(base):
+            values[name] = _decode_struct(base, data.get(name, {}), f"{where}{name}.", faults)
+            complete = complete and values[name] is not None
+        elif name in data:
+            try:
+                values[name] = msgspec.convert(data[name], field.type, strict=True)
+            except msgspec.ValidationError as error:
+                faults.append(Fault(f"{where}{name}", _plain(error, data[name], base)))
+                complete = False
+        elif field.default is msgspec.NODEFAULT and field.default_factory is msgspec.NODEFAULT:
+            faults.append(Fault(f"{where}{name}", "is required"))
+            complete = False
+    if not complete:
+        return None
+    settings = schema(**values)
+    # A component knows what no single key can tell, as an iterator of (key, what is wrong).
+    own = getattr(settings, "faults", None)
+    if own is not None:
+        faults.extend(Fault(f"{where}{key}", what) for key, what in own())
+    return settings
+
+
+def _plain(error: msgspec.ValidationError, value: Any, base: Any) -> str:
+    text = str(error).replace("`", "").replace(" - at $", " at ")
+    if get_origin(base) is Literal:
+        return f"{value!r} is not one of {', '.join(map(str, get_args(base)))}"
+    hint = "; put it in quotes" if "got int" in text and "Expected str" in text else ""
+    return f"{text[0].lower()}{text[1:]} ({value!r}){hint}"
+
+
+def _suggest(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _describe(value: Any) -> str:
+    return "nothing" if value is None else f"{type(value).__name__} {value!r}"[:80]
+
+
+def _unwrap(annotated: Any) -> tuple[Any, msgspec.Meta | None]:
+    if get_origin(annotated) is Annotated:
+        base, *metas = get_args(annotated)
+        return base, next((meta for meta in metas if isinstance(meta, msgspec.Meta)), None)
+    return annotated, None
+
+
+def _is_struct(base: Any) -> bool:
+    return isinstance(base, type) and issubclass(base, msgspec.Struct)
+
+
+def _type_name(base: Any) -> str:
+    if get_origin(base) is Literal:
+        return " \\| ".join(map(str, get_args(base)))
+    if isinstance(base, type) and not get_args(base):
+        return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(
+            base.__name__, base.__name__
+        )
+    return (
+        re.sub(r"Annotated\[([a-z]+), .*?\)\]", r"\1", str(base)).replace("typing.", "").replace("|", "\\|")
+    )

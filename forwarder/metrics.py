@@ -1,0 +1,214 @@
+"""Every metric of the forwarder, declared once: name, help, labels, buckets.
+
+Rules: prefix ``falco_forwarder_``; units last; counters end in ``_total`` and grow after success only; every
+label value comes from a closed set and its series exists at 0 from the first scrape, so that alert rules and
+dashboards never meet a gap. The registry belongs to the instance: two applications in one process (tests) do
+not share numbers.
+
+The law at rest (nothing under way), which a test holds us to:
+
+    received = stored + duplicate + unparsed + discarded
+    recovered + stored = filtered + delivered + dead-lettered + pending      (for each sink)
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from forwarder import __version__
+
+PREFIX = "falco_forwarder"
+PRIORITY_LABELS = (
+    "emergency",
+    "alert",
+    "critical",
+    "error",
+    "warning",
+    "notice",
+    "informational",
+    "debug",
+)
+DISCARD_REASONS = ("spool_full", "spool_failed", "draining")
+ERROR_CODES = (
+    "throttled",
+    "unavailable",
+    "network",
+    "timeout",
+    "credentials",
+    "permission",
+    "disabled",
+    "not_found",
+    "invalid",
+    "too_large",
+    "conflict",
+    "unknown",
+)
+DEAD_LETTER_REASONS = (
+    "invalid",
+    "rejected",
+    "too_large",
+    "permission",
+    "unmappable",
+    "unknown",
+    "broken_block",
+)
+STATES = ("starting", "delivering", "retrying", "blocked", "stopped")
+CONNECTION_LIMITS = ("connections", "header_timeout", "age")
+
+_FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_LATENCY = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600, 21600)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Metrics:
+    """All metrics of one application, in a registry of its own."""
+
+    def __init__(self, sinks: Iterable[str]) -> None:
+        self.registry = CollectorRegistry()
+        self.sinks = tuple(sinks)
+        self._ingest()
+        self._spool()
+        self._delivery()
+        self._process()
+
+    def _ingest(self) -> None:
+        self.received = self._counter("received_events", "Alerts received, unparsable bodies included")
+        self.received_bytes = self._counter("received_bytes", "Bytes of received bodies")
+        self.stored = self._counter("stored_events", "Alerts written to the spool and acknowledged")
+        self.duplicates = self._counter(
+            "duplicate_events", "Alerts acknowledged but not stored again: the same bytes came before"
+        )
+        self.unparsed = self._counter(
+            "unparsed_events", "Bodies nobody could read: kept as dead letters and sent to log sinks raw"
+        )
+        discarded = self._counter(
+            "discarded_events",
+            "Alerts really lost: refused with 503 after holding the answer",
+            "reason",
+            "priority",
+        )
+        self.discarded = {
+            (reason, rank): discarded.labels(reason, label)
+            for reason in DISCARD_REASONS
+            for rank, label in enumerate(PRIORITY_LABELS)
+        }
+        self.text_mode = self._counter(
+            "text_mode_events", "Alerts in text form: set json_output true in Falco, findings need it"
+        )
+        self.unknown_priority = self._counter(
+            "unknown_priority_events", "Alerts with a priority Falco does not have, treated as warning"
+        )
+        self.utf8_replaced = self._counter(
+            "utf8_replaced_bodies", "Bodies in which invalid UTF-8 was replaced by U+FFFD"
+        )
+        self.held = self._gauge("held_requests", "Requests waiting for room in the spool")
+        self.ack_seconds = self._histogram(
+            "ack_seconds", "From the whole body to the durable answer", buckets=_FAST
+        )
+        requests = self._counter("http_requests", "Answers of the receiver", "status")
+        self.requests = {
+            status: requests.labels(str(status)) for status in (200, 400, 404, 405, 408, 413, 415, 500, 503)
+        }
+        self.connections = self._gauge("connections", "Open connections of senders")
+        closed = self._counter("connections_closed", "Connections closed by a limit", "limit")
+        self.connections_closed = {limit: closed.labels(limit) for limit in CONNECTION_LIMITS}
+
+    def _spool(self) -> None:
+        self.commit_batch = self._histogram(
+            "commit_batch_events", "Alerts in one group commit", buckets=_COUNTS
+        )
+        self.sync_seconds = self._histogram(
+            "fsync_seconds", "Duration of a commit, sync included", buckets=_FAST
+        )
+        self.spool_events = self._gauge("spool_events", "Alerts on disk")
+        self.spool_bytes = self._gauge("spool_bytes", "Bytes of the quota in use")
+        self.spool_capacity = self._gauge("spool_capacity_bytes", "The quota now in force")
+        self.spool_corrupt = self._gauge(
+            "spool_corrupt", "1 if a broken database was set aside at start, see the log"
+        )
+        self.spool_broken = self._counter("spool_broken_blocks", "Blocks set aside as unreadable")
+        self.spool_errors = self._counter("spool_write_errors", "Commits the volume refused")
+        self.spool_oldest = self._per_sink_gauge("spool_oldest_seconds", "Age of the oldest alert waiting")
+
+    def _delivery(self) -> None:
+        self.pending = self._per_sink_gauge("sink_pending", "Records the sink has not settled")
+        self.recovered = self._per_sink_gauge("sink_recovered", "Records found waiting at start")
+        self.delivered = self._per_sink_counter("sent_events", "Alerts the service accepted")
+        self.sent_bytes = self._per_sink_counter(
+            "sent_bytes", "Bytes of accepted requests, before any compression"
+        )
+        self.filtered = self._per_sink_counter(
+            "filtered_events", "Alerts the configuration keeps from this sink"
+        )
+        self.unparsed_forwarded = self._per_sink_counter(
+            "unparsed_forwarded_events", "Unparsable bodies sent on raw"
+        )
+        self.retries = self._per_sink_counter("retries", "Repeated calls")
+        self.truncated = self._per_sink_counter(
+            "truncated_events", "Alerts cut to fit a limit of the service"
+        )
+        self.adjusted = self._per_sink_counter(
+            "timestamp_adjusted_events", "Alerts whose timestamp was moved into the accepted window"
+        )
+        failures = self._counter("send_failed", "Calls that failed, by bounded code", "sink", "error_code")
+        self.failures = {
+            (sink, code): failures.labels(sink, code) for sink in self.sinks for code in ERROR_CODES
+        }
+        dead = self._counter("dead_lettered_events", "Alerts set aside for good", "sink", "reason")
+        self.dead_lettered = {
+            (sink, reason): dead.labels(sink, reason) for sink in self.sinks for reason in DEAD_LETTER_REASONS
+        }
+        self.dead_letters = self._gauge("dead_letter_events", "Dead letters on disk", "sink")
+        for name in (*self.sinks, "receiver", "spool"):
+            self.dead_letters.labels(name)
+        self.dead_removed = self._counter(
+            "dead_letters_removed", "Dead letters removed at the end of their retention or share"
+        )
+        self.in_flight = self._per_sink_gauge("in_flight", "Calls under way")
+        self.concurrency = self._per_sink_gauge("adaptive_concurrency_limit", "Calls allowed at a time")
+        self.rate_limit = self._per_sink_gauge(
+            "rate_limit_per_second", "Calls allowed each second, 0 = unlimited"
+        )
+        self.call_seconds = self._per_sink_histogram("rtt_seconds", "Duration of a call", _SLOW)
+        self.latency = self._per_sink_histogram(
+            "e2e_latency_seconds", "From receipt to acceptance by AWS, oldest alert of a batch", _LATENCY
+        )
+        self.batch_events = self._per_sink_histogram("sent_batch_events", "Alerts in one call", _COUNTS)
+        self.last_success = self._per_sink_gauge(
+            "last_success_timestamp_seconds", "When the service last accepted a call, 0 = not yet"
+        )
+        state = self._gauge("sink_state", "1 for the state the sink is in", "sink", "state")
+        self.state = {(sink, name): state.labels(sink, name) for sink in self.sinks for name in STATES}
+
+    def _process(self) -> None:
+        self.loop_lag = self._gauge(
+            "event_loop_lag_seconds", "Largest delay of the event loop in the last 10 s"
+        )
+        self.ready = self._gauge("ready", "1 if new alerts can be stored durably")
+        info = self._gauge("build_info", "Always 1", "version", "sqlite_version")
+        info.labels(__version__, sqlite3.sqlite_version).set(1)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{PREFIX}_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"{PREFIX}_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"{PREFIX}_{name}", text, labels, registry=self.registry, buckets=buckets)
+
+    def _per_sink_counter(self, name: str, text: str) -> dict[str, Counter]:
+        metric = self._counter(name, text, "sink")
+        return {sink: metric.labels(sink) for sink in self.sinks}
+
+    def _per_sink_gauge(self, name: str, text: str) -> dict[str, Gauge]:
+        metric = self._gauge(name, text, "sink")
+        return {sink: metric.labels(sink) for sink in self.sinks}
+
+    def _per_sink_histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> dict[str, Histogram]:
+        metric = self._histogram(name, text, "sink", buckets=buckets)
+        return {sink: metric.labels(sink) for sink in self.sinks}
