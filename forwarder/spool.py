@@ -1,0 +1,462 @@
+"""The spool: every acknowledged alert is in here until each sink has settled it.
+
+Job: one group commit for everything that waits, one cursor per sink, a byte quota. This is the asynchronous
+half; statements and files are in ``spool_store`` and ``spool_schema``.
+
+How a commit comes about: ``append`` collects; as soon as the writer thread is free, all that was collected
+goes into one transaction (natural batching: what arrives during one sync shares the next), together with the
+cursors and dead letters the delivery workers want written. Nobody is told of success before the sync.
+
+Invariants:
+
+- An ``append`` that returned is on disk; one that raised left nothing behind.
+- Offsets are given in the order of storing; ``[cursor, end)`` is what a sink still has to settle.
+- Above 90 % of the quota only alerts of priority Notice and higher find room, at 100 % none. Nothing stored
+  is ever evicted to make room.
+- Memory is bounded: the last ``TAIL_BYTES_MAX`` of records stay decoded for sinks that are up to date; a sink
+  further behind reads blocks from disk, a chunk at a time. A start never loads the backlog.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import sqlite3
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import msgspec
+import structlog
+
+from forwarder.config import setting
+from forwarder.metrics import Metrics
+from forwarder.record import DeadLetter, Record
+from forwarder.spool_store import Batch, Chunk, Store, Written
+
+TAIL_BYTES_MAX = 4 << 20
+COMMIT_RECORDS_MAX = 1024
+COMMIT_BYTES_MAX = 1 << 20
+HOUSEKEEPING_SECS = 1.0
+CLOSE_SECS_MAX = 5.0
+EXPIRY_SECS = 60.0
+FILL_WARN, FILL_SHED = 0.8, 0.9
+SHED_RANK = 6
+"""From 90 % on, Informational (6) and Debug (7) are refused."""
+
+T = TypeVar("T")
+log = structlog.get_logger("spool")
+
+
+class SpoolSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of the spool."""
+
+    directory: Annotated[str, setting("Where the spool lives. One directory per replica.", min_length=1)] = (
+        "/var/lib/falco-forwarder"
+    )
+    bytes_max: Annotated[
+        int,
+        setting(
+            "Quota for waiting alerts and dead letters. Leave a quarter of the volume free.",
+            unit="bytes",
+            ge=1 << 20,
+        ),
+    ] = 1 << 30
+    sync: Annotated[
+        Literal["full", "normal"],
+        setting(
+            "`full` syncs before every answer and survives a power cut; `normal` survives a killed process, "
+            "not a lost node: only for volumes a lost node takes with it anyway."
+        ),
+    ] = "full"
+    dead_letter_retention_days: Annotated[
+        int, setting("How long dead letters are kept.", unit="days", ge=1, le=3650)
+    ] = 30
+    unparsed_bytes_max: Annotated[
+        int,
+        setting("Room for bodies nobody could read; the oldest go first.", unit="bytes", ge=1 << 16),
+    ] = 64 << 20
+
+
+class SpoolFullError(Exception):
+    """No room now. Nothing was stored."""
+
+
+class SpoolFailedError(Exception):
+    """The volume does not take writes. Nothing was stored."""
+
+
+class _Waiting(NamedTuple):
+    records: Sequence[Record]
+    dead: Sequence[DeadLetter]
+    done: asyncio.Future[None]
+
+
+class _Settling(NamedTuple):
+    sink: str
+    offset: int
+    dead: Sequence[DeadLetter]
+    done: asyncio.Future[None]
+
+
+class Spool:
+    """The durable log between receiver and sinks."""
+
+    def __init__(
+        self,
+        settings: SpoolSettings,
+        *,
+        sinks: Iterable[str],
+        metrics: Metrics,
+        now: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._sinks = tuple(sinks)
+        self._metrics = metrics
+        self._now = now
+        self._store = Store(
+            Path(settings.directory),
+            full_sync=settings.sync == "full",
+            bytes_max=settings.bytes_max,
+            dead_retention_secs=settings.dead_letter_retention_days * 86400,
+            unparsed_bytes_max=settings.unparsed_bytes_max,
+        )
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: list[_Waiting] = []
+        self._settling: list[_Settling] = []
+        self._committing = False
+        self._arrivals: list[tuple[int, asyncio.Future[None]]] = []
+        self._room: list[asyncio.Future[None]] = []
+        self._tail: dict[int, list[Record]] = {}
+        self._tail_starts: list[int] = []
+        self._tail_bytes = 0
+        self._average_bytes = 1500.0
+        self._waiting_bytes = 0
+        self._closed = False
+        self._warned = False
+        self.limit_bytes = settings.bytes_max
+        self.used_bytes = 0
+        self.events = 0
+        self.end = 0
+        self.cursors: dict[str, int] = {}
+        self.oldest: dict[str, float] = {}
+        self.dead: dict[str, int] = {}
+        self.failure = ""
+        """Why the volume does not take writes, or nothing."""
+        self.writer_beat = 0.0
+        """Loop time at which the writer thread last finished something."""
+
+    # ---- life ---------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Open the directory; raises ``SpoolUnusableError`` with a message for the operator."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._write_loop, name="spool-writer", daemon=True)
+        self._thread.start()
+        try:
+            state = await self._run(lambda: self._store.open(self._sinks))
+        except BaseException:
+            self._jobs.put(None)
+            raise
+        self.end, self.used_bytes, self.events = state.end, state.used_bytes, state.records
+        self.cursors, self.dead = state.cursors, dict(state.dead)
+        self._metrics.spool_corrupt.set(state.quarantined is not None)
+        self._publish()
+        self._housekeeper = asyncio.create_task(self._housekeep(), name="spool housekeeping")
+
+    async def close(self) -> None:
+        """Write what waits, fold the log into the database, release the directory."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECS_MAX):
+                while self._waiting or self._settling or self._committing:  # noqa: ASYNC110 - the last one out
+                    await asyncio.sleep(0.005)
+        self._closed = True
+        self._housekeeper.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._housekeeper
+        await self._run(self._store.close)
+        self._jobs.put(None)
+
+    # ---- writing ------------------------------------------------------------------------------------
+
+    @property
+    def fill(self) -> float:
+        """Share of the quota in use, with what waits for its commit."""
+        return (self.used_bytes + self._waiting_bytes) / self.limit_bytes if self.limit_bytes > 0 else 1.0
+
+    def admits(self, rank: int) -> bool:
+        """Whether an alert of this priority may be appended now."""
+        fill = self.fill
+        return fill < FILL_SHED or (fill < 1.0 and rank < SHED_RANK)
+
+    def append(self, records: Sequence[Record], dead: Sequence[DeadLetter] = ()) -> asyncio.Future[None]:
+        """Store records (all or none); the future ends when they are durable.
+
+        Raises (in the future):
+            SpoolFullError, SpoolFailedError: nothing was stored.
+
+        """
+        done = self._loop.create_future()
+        self._waiting.append(_Waiting(records, dead, done))
+        for record in records:
+            self._waiting_bytes += record.size_bytes
+        self._schedule()
+        return done
+
+    def settle(self, sink: str, offset: int, dead: Sequence[DeadLetter] = ()) -> asyncio.Future[None]:
+        """Move a sink's cursor and write its dead letters, in one transaction."""
+        done = self._loop.create_future()
+        self._settling.append(_Settling(sink, offset, dead, done))
+        self._schedule()
+        return done
+
+    async def room(self) -> None:
+        """Wait until something was freed."""
+        waiter = self._loop.create_future()
+        self._room.append(waiter)
+        try:
+            await waiter
+        finally:
+            if not waiter.done() or waiter.cancelled():
+                with contextlib.suppress(ValueError):
+                    self._room.remove(waiter)
+
+    # ---- reading ------------------------------------------------------------------------------------
+
+    async def arrived(self, offset: int) -> None:
+        """Wait until the record with this offset is stored."""
+        while self.end <= offset:
+            waiter = self._loop.create_future()
+            entry = (offset, waiter)
+            self._arrivals.append(entry)
+            try:
+                await waiter
+            finally:
+                if entry in self._arrivals:
+                    self._arrivals.remove(entry)
+
+    def typical_count(self, size_bytes: int) -> int:
+        """How many records of today's average size make ``size_bytes``."""
+        return max(1, int(size_bytes / self._average_bytes))
+
+    async def read(self, offset: int, *, records_max: int, bytes_max: int) -> Chunk:
+        """Records from ``offset``: at least one if ``offset < end``, until a limit is passed."""
+        if self._tail_starts and offset >= self._tail_starts[0]:
+            return self._read_tail(offset, records_max, bytes_max)
+        chunk = await self._run(
+            lambda: self._store.read(offset, records_max=records_max, bytes_max=bytes_max)
+        )
+        if chunk.broken:
+            self._metrics.spool_broken.inc()
+        return chunk
+
+    async def dead_letters(self, before: int, limit: int) -> list[tuple[int, DeadLetter]]:
+        """Newest dead letters first, numbers below ``before``."""
+        return await self._run(lambda: self._store.dead_letters(before, limit))
+
+    def pending(self, sink: str) -> int:
+        """Records the sink has not settled."""
+        return self.end - self.cursors[sink]
+
+    # ---- inside -------------------------------------------------------------------------------------
+
+    def _schedule(self) -> None:
+        if not self._committing:
+            self._committing = True
+            # Not at once: whoever else is ready in this turn of the loop shares the commit.
+            self._loop.call_soon(self._commit)
+
+    def _commit(self) -> None:
+        waiting, self._waiting = self._take()
+        settling, self._settling = self._settling, []
+        records = [record for item in waiting for record in item.records]
+        dead = [letter for item in waiting for letter in item.dead]
+        dead += [letter for item in settling for letter in item.dead]
+        cursors = {item.sink: item.offset for item in settling}
+        batch = Batch(records, cursors, dead)
+        now = self._now()
+
+        def job() -> None:
+            written = self._store.write(batch, now)
+            self._call_loop(self._committed, batch, waiting, settling, written)
+
+        self._jobs.put(job)
+
+    def _take(self) -> tuple[list[_Waiting], list[_Waiting]]:
+        count = size = 0
+        for index, item in enumerate(self._waiting):
+            if index and (count >= COMMIT_RECORDS_MAX or size >= COMMIT_BYTES_MAX):
+                return self._waiting[:index], self._waiting[index:]
+            count += len(item.records)
+            size += sum(len(record.body) for record in item.records)
+        return self._waiting, []
+
+    def _committed(
+        self, batch: Batch, waiting: list[_Waiting], settling: list[_Settling], written: Written
+    ) -> None:
+        self.writer_beat = self._loop.time()
+        raw_bytes = sum(record.size_bytes for record in batch.records)
+        self._waiting_bytes -= raw_bytes
+        if written.error is None:
+            self._stored(batch, written, raw_bytes)
+            for item in waiting:
+                if not item.done.done():
+                    item.done.set_result(None)
+        else:
+            self._refused(waiting, written.error)
+        if written.settled:
+            for settled in settling:
+                self.cursors[settled.sink] = settled.offset
+                self._count_dead(settled.dead)
+                if not settled.done.done():
+                    settled.done.set_result(None)
+        else:
+            self._settling = settling + self._settling  # the housekeeper tries again
+        self._committing = False
+        if self._waiting or (self._settling and written.settled):
+            self._schedule()
+
+    def _stored(self, batch: Batch, written: Written, raw_bytes: int) -> None:
+        self.failure = ""
+        self.used_bytes += written.stored_bytes
+        self._metrics.sync_seconds.observe(written.sync_secs)
+        self._count_dead([letter for letter in batch.dead if letter.sink == "receiver"])
+        count = len(batch.records)
+        if not count:
+            return
+        self.events += count
+        self._metrics.commit_batch.observe(count)
+        self._average_bytes += 0.05 * (raw_bytes / count - self._average_bytes)
+        self._tail[written.first] = batch.records
+        self._tail_starts.append(written.first)
+        self._tail_bytes += raw_bytes
+        while self._tail_bytes > TAIL_BYTES_MAX and len(self._tail_starts) > 1:
+            gone = self._tail.pop(self._tail_starts.pop(0))
+            self._tail_bytes -= sum(record.size_bytes for record in gone)
+        self.end = written.first + count
+        if self._arrivals:
+            due = [waiter for offset, waiter in self._arrivals if offset < self.end]
+            for waiter in due:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def _refused(self, waiting: list[_Waiting], error: sqlite3.Error) -> None:
+        self._metrics.spool_errors.inc()
+        full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+        if full:
+            # What fitted is all there is until the ballast can be written again.
+            self.limit_bytes = min(self.limit_bytes, int(self.used_bytes * FILL_SHED))
+        elif not self.failure:
+            log.error("spool cannot be written, nothing is acknowledged", error=str(error))
+        if not full:
+            self.failure = str(error)
+        for item in waiting:
+            if not item.done.done():
+                cause = SpoolFullError if full else SpoolFailedError
+                item.done.set_exception(cause(str(error)))
+
+    def _count_dead(self, letters: Sequence[DeadLetter]) -> None:
+        for letter in letters:
+            self.dead[letter.sink] = self.dead.get(letter.sink, 0) + 1
+
+    def _read_tail(self, offset: int, records_max: int, bytes_max: int) -> Chunk:
+        index = bisect_right(self._tail_starts, offset) - 1
+        records: list[Record] = []
+        size = 0
+        start = offset
+        while index < len(self._tail_starts) and size < bytes_max and len(records) < records_max:
+            first = self._tail_starts[index]
+            block = self._tail[first]
+            block = block[offset - first :] if first < offset else block
+            records += block
+            size += sum(record.size_bytes for record in block)
+            index += 1
+        return Chunk(start, start + len(records), records, 0)
+
+    async def _housekeep(self) -> None:
+        elapsed = 0.0
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_SECS)
+            elapsed += HOUSEKEEPING_SECS
+            expire = elapsed >= EXPIRY_SECS
+            elapsed = 0.0 if expire else elapsed
+            if self._settling and not self._committing:
+                self._schedule()
+            try:
+                await self._round(expire=expire)
+            except sqlite3.Error as error:
+                self._metrics.spool_errors.inc()
+                if not self.failure:
+                    log.error("spool cannot be written, nothing is acknowledged", error=str(error))
+                self.failure = str(error)
+
+    async def _round(self, *, expire: bool) -> None:
+        if self.failure:
+            await self._run(self._store.probe)
+            log.info("spool can be written again")
+            self.failure = ""
+        now = self._now()
+        while True:
+            done = await self._run(lambda: self._store.housekeep(now, expire=expire))
+            self.used_bytes -= done.freed_bytes
+            self.events -= done.freed_records
+            if not done.freed_records:
+                break
+        self.oldest = done.oldest
+        self._metrics.dead_removed.inc(done.dead_removed)
+        if done.ballast and self.limit_bytes != self._settings.bytes_max:
+            log.info("volume has room again")
+            self.limit_bytes = self._settings.bytes_max
+        for waiter in self._room:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._room.clear()
+        self._publish()
+
+    def _publish(self) -> None:
+        self._metrics.spool_events.set(self.events)
+        self._metrics.spool_bytes.set(self.used_bytes)
+        self._metrics.spool_capacity.set(max(0, self.limit_bytes))
+        for sink, count in self.dead.items():
+            self._metrics.dead_letters.labels(sink).set(count)
+        for sink, gauge in self._metrics.spool_oldest.items():
+            created = self.oldest.get(sink)
+            gauge.set(max(0.0, self._now() - created) if created is not None else 0.0)
+        nearly_full = self.fill >= FILL_WARN
+        if nearly_full and not self._warned:
+            log.warning("spool is filling up", used_bytes=self.used_bytes, limit_bytes=self.limit_bytes)
+        self._warned = nearly_full
+
+    async def _run(self, function: Callable[[], T]) -> T:
+        done: asyncio.Future[T] = self._loop.create_future()
+
+        def finish(result: T | None, error: BaseException | None) -> None:
+            self.writer_beat = self._loop.time()
+            if done.done():
+                return
+            if error is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(result)  # type: ignore[arg-type]
+
+        def job() -> None:
+            try:
+                result = function()
+            except BaseException as error:  # noqa: BLE001 - carried to whoever waits
+                self._call_loop(finish, None, error)
+            else:
+                self._call_loop(finish, result, None)
+
+        self._jobs.put(job)
+        return await done
+
+    def _call_loop(self, callback: Callable[..., Any], *values: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(callback, *values)
+
+    def _write_loop(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()

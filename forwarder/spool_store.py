@@ -1,0 +1,381 @@
+"""The spool's synchronous half: every statement that touches the database, run in the writer thread.
+
+Job: make one transaction of everything that waits (records, cursors, dead letters), read blocks back, remove
+what every sink has passed, and survive a full volume. Nothing here knows of asyncio.
+
+A full volume live-locks SQLite: even a cursor update needs room in the WAL. So the byte quota stays below
+``max_page_count``, which stays below the volume, and a ballast file is given up on a real ENOSPC so that
+cursors and deletes go on and make room. Until the ballast can be written again, new records are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import structlog
+
+from forwarder.record import DeadLetter, Record
+from forwarder.spool_schema import (
+    BALLAST_NAME,
+    BROKEN,
+    BrokenBlockError,
+    block_cost,
+    decode_block,
+    encode_block,
+    lock,
+    open_database,
+)
+
+BALLAST_BYTES_MAX = 16 << 20
+BLOCKS_PER_DELETE_MAX = 4096
+DEAD_LETTERS_PER_PAGE_MAX = 1000
+RECEIVER = "receiver"
+
+log = structlog.get_logger("spool")
+
+
+class Batch(NamedTuple):
+    """What one transaction carries."""
+
+    records: list[Record]
+    cursors: dict[str, int]
+    dead: list[DeadLetter]
+
+
+class Written(NamedTuple):
+    """What a transaction did. ``error`` is set where the records (not the cursors) did not make it."""
+
+    first: int
+    stored_bytes: int
+    sync_secs: float
+    error: sqlite3.Error | None
+    settled: bool
+    """Cursors and dead letters are on disk."""
+
+
+class Chunk(NamedTuple):
+    """Records ``[start, end)`` as read back. ``broken`` of them, alone in their chunk, are unreadable."""
+
+    start: int
+    end: int
+    records: list[Record]
+    broken: int
+
+
+class Housekeeping(NamedTuple):
+    """What a round of removal found and freed."""
+
+    freed_bytes: int
+    freed_records: int
+    oldest: dict[str, float]
+    """Creation time of the first unsettled block, per sink; absent when nothing waits."""
+    ballast: bool
+    dead_removed: int
+
+
+class State(NamedTuple):
+    """What is on disk at start."""
+
+    end: int
+    used_bytes: int
+    records: int
+    cursors: dict[str, int]
+    dead: dict[str, int]
+    quarantined: Path | None
+
+
+class Store:
+    """One open spool database. All methods belong to one thread."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        full_sync: bool,
+        bytes_max: int,
+        dead_retention_secs: float,
+        unparsed_bytes_max: int,
+    ) -> None:
+        self._directory = directory
+        self._full_sync = full_sync
+        self._bytes_max = bytes_max
+        self._dead_retention_secs = dead_retention_secs
+        self._unparsed_bytes_max = unparsed_bytes_max
+        self._ballast = directory / BALLAST_NAME
+        self._end = 0
+
+    def open(self, sinks: Iterable[str]) -> State:
+        """Open the database and bring the cursors in line with the enabled sinks.
+
+        A sink without a cursor starts at the present; the cursor of a sink that is not enabled any more goes.
+        """
+        self._lock = lock(self._directory)
+        try:
+            suffix = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+            opened = open_database(
+                self._directory, full_sync=self._full_sync, bytes_max=self._bytes_max, suffix=suffix
+            )
+        except BaseException:
+            self._lock.close()
+            raise
+        self._db = opened.connection
+        execute = self._db.execute
+        (blocks_end,) = execute("SELECT coalesce(max(first + n), 0) FROM block").fetchone()
+        (meta_end,) = execute("SELECT value FROM meta WHERE key='end'").fetchone()
+        (cursor_end,) = execute("SELECT coalesce(max(next), 0) FROM cursor").fetchone()
+        self._end = max(blocks_end, meta_end, cursor_end)
+        wanted = set(sinks)
+        existing = dict(execute("SELECT sink, next FROM cursor"))
+        execute("BEGIN IMMEDIATE")
+        for name in existing.keys() - wanted:
+            execute("DELETE FROM cursor WHERE sink=?", (name,))
+        for name in wanted - existing.keys():
+            execute("INSERT INTO cursor VALUES (?,?)", (name, self._end))
+        execute("UPDATE meta SET value=? WHERE key='end'", (self._end,))
+        execute("COMMIT")
+        records, cost = execute("SELECT coalesce(sum(n),0), coalesce(sum(cost),0) FROM block").fetchone()
+        (dead_bytes,) = execute("SELECT coalesce(sum(length(body)),0) FROM dead").fetchone()
+        self.secure_ballast()
+        return State(
+            end=self._end,
+            used_bytes=cost + dead_bytes,
+            records=records,
+            cursors=dict(execute("SELECT sink, next FROM cursor")),
+            dead=dict(execute("SELECT sink, count(*) FROM dead GROUP BY sink")),
+            quarantined=opened.quarantined,
+        )
+
+    def close(self) -> None:
+        """Fold the WAL into the database and let go of the directory."""
+        with contextlib.suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._db.close()
+        self._lock.close()
+
+    def write(self, batch: Batch, now: float) -> Written:
+        """One transaction for all of ``batch``; on failure one more for the cursors alone."""
+        first = self._end
+        try:
+            size, sync_secs = self._transaction(batch, now)
+        except sqlite3.Error as error:
+            self._rollback()
+            if _is_full(error):
+                self.give_up_ballast()
+            settled = True
+            if batch.cursors or batch.dead:
+                settled = self._settle_alone(batch, now)
+            return Written(first, 0, 0.0, error, settled)
+        self._end = first + len(batch.records)
+        return Written(first, size, sync_secs, None, settled=True)
+
+    def read(self, offset: int, *, records_max: int, bytes_max: int) -> Chunk:
+        """Records from ``offset`` on, whole blocks, at least one, until a limit is passed."""
+        rows = self._db.execute(
+            "SELECT first, n, codec, crc, payload FROM block WHERE first + n > ? AND"
+            " first >= (SELECT coalesce(max(first), 0) FROM block WHERE first <= ?) ORDER BY first",
+            (offset, offset),
+        )
+        records: list[Record] = []
+        start = end = offset
+        size = 0
+        for first, n, codec, crc, payload in rows:
+            if records and first != end:
+                break  # a gap, left by salvage: the next chunk begins behind it
+            block = self._block(first, n, codec, crc, payload)
+            if block is None:
+                if records:
+                    break
+                start = max(first, offset)
+                return Chunk(start, first + n, [], first + n - start)
+            if not records:
+                start = max(first, offset)
+                block = block[start - first :]
+            records += block
+            end = first + n
+            size += sum(record.size_bytes for record in block)
+            if size >= bytes_max or len(records) >= records_max:
+                break
+        return Chunk(start, end, records, 0)
+
+    def _block(self, first: int, n: int, codec: int, crc: int, payload: bytes) -> list[Record] | None:
+        """Records of a block, or None for a broken one, which is set aside when first met."""
+        if codec == BROKEN:
+            return None
+        try:
+            block = decode_block(codec, crc, payload)
+            if len(block) != n:
+                raise BrokenBlockError("wrong count")
+        except BrokenBlockError as error:
+            self._quarantine(first, n, payload, error)
+            return None
+        return block
+
+    def housekeep(self, now: float, *, expire: bool) -> Housekeeping:
+        """Remove passed blocks and expired dead letters, look for the oldest alert, win the ballast back."""
+        execute = self._db.execute
+        freed_bytes = freed_records = dead_removed = 0
+        try:
+            lowest = execute("SELECT coalesce(min(next), ?) FROM cursor", (self._end,)).fetchone()[0]
+            freed_bytes, freed_records = self._delete_blocks(lowest)
+            if expire:
+                dead_removed, dead_bytes = self._expire_dead(now)
+                freed_bytes += dead_bytes
+        except sqlite3.Error as error:
+            self._rollback()
+            if _is_full(error):
+                self.give_up_ballast()
+        ages = execute(
+            "SELECT sink, (SELECT created FROM block WHERE first + n > next AND first >="
+            " (SELECT coalesce(max(first),0) FROM block WHERE first <= next) ORDER BY first LIMIT 1) FROM cursor"
+        )
+        oldest = {sink: created for sink, created in ages if created is not None}
+        return Housekeeping(freed_bytes, freed_records, oldest, self.secure_ballast(), dead_removed)
+
+    def dead_letters(self, before: int, limit: int) -> list[tuple[int, DeadLetter]]:
+        """Newest first, numbers below ``before``."""
+        rows = self._db.execute(
+            "SELECT number, sink, id, reason, detail, at, body FROM dead WHERE number < ?"
+            " ORDER BY number DESC LIMIT ?",
+            (before, min(limit, DEAD_LETTERS_PER_PAGE_MAX)),
+        )
+        return [
+            (
+                number,
+                DeadLetter(sink=sink, id=identity, reason=reason, detail=detail, at=at, body=body),
+            )
+            for number, sink, identity, reason, detail, at, body in rows
+        ]
+
+    def probe(self) -> None:
+        """Write something small and durable, to learn whether the volume is well again."""
+        self._db.execute("UPDATE meta SET value=? WHERE key='end'", (self._end,))
+
+    def give_up_ballast(self) -> None:
+        """Hand its room to the database."""
+        with contextlib.suppress(OSError):
+            self._ballast.unlink()
+            log.warning("volume is full, ballast given up: new alerts wait, delivery goes on")
+
+    def secure_ballast(self) -> bool:
+        """Whether the ballast is in place, writing it where it is missing and there is room."""
+        if self._ballast.exists():
+            return True
+        try:
+            volume = os.statvfs(self._directory)
+            size = min(BALLAST_BYTES_MAX, self._bytes_max // 16, volume.f_blocks * volume.f_frsize // 8)
+            if volume.f_bavail * volume.f_frsize < 2 * size:
+                return False
+            descriptor = os.open(self._ballast, os.O_CREAT | os.O_WRONLY, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, max(size, 1))
+            finally:
+                os.close(descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._ballast.unlink()
+            return False
+        return True
+
+    def _transaction(self, batch: Batch, now: float) -> tuple[int, float]:
+        execute = self._db.execute
+        size = 0
+        block = encode_block(batch.records) if batch.records else None
+        execute("BEGIN IMMEDIATE")
+        if block is not None:
+            codec, crc, payload = block
+            execute(
+                "INSERT INTO block VALUES (?,?,?,?,?,?,?)",
+                (self._end, len(batch.records), now, codec, crc, block_cost(len(payload)), payload),
+            )
+            size = block_cost(len(payload))
+        for sink, offset in batch.cursors.items():
+            execute("UPDATE cursor SET next=? WHERE sink=?", (offset, sink))
+        for letter in batch.dead:
+            execute(
+                "INSERT INTO dead (sink, id, reason, detail, at, body) VALUES (?,?,?,?,?,?)",
+                (letter.sink, letter.id, letter.reason, letter.detail, letter.at, letter.body),
+            )
+            size += len(letter.body)
+        started = time.perf_counter()
+        execute("COMMIT")
+        return size, time.perf_counter() - started
+
+    def _settle_alone(self, batch: Batch, now: float) -> bool:
+        """Cursors go on where records found no room. Bodies of the receiver's dead letters were not acked."""
+        try:
+            ours = [letter for letter in batch.dead if letter.sink != RECEIVER]
+            self._transaction(Batch([], batch.cursors, ours), now)
+        except sqlite3.Error:
+            self._rollback()
+            return False
+        return True
+
+    def _rollback(self) -> None:
+        if self._db.in_transaction:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+
+    def _quarantine(self, first: int, n: int, payload: bytes, error: BrokenBlockError) -> None:
+        """Set a broken block aside as one dead letter that holds its bytes."""
+        log.error("broken block set aside", first=first, alerts=n, error=str(error))
+        execute = self._db.execute
+        execute("BEGIN IMMEDIATE")
+        execute(
+            "INSERT INTO dead (sink, id, reason, detail, at, body) VALUES ('spool',?,'broken_block',?,?,?)",
+            (f"block-{first}", f"{n} alerts: {error}", time.time(), payload),
+        )
+        # Emptied, not removed: the other sinks must meet the same gap and count it.
+        execute("UPDATE block SET payload=x'', codec=? WHERE first=?", (BROKEN, first))
+        execute("COMMIT")
+
+    def _delete_blocks(self, lowest: int) -> tuple[int, int]:
+        execute = self._db.execute
+        limit = execute(
+            "SELECT max(stop) FROM (SELECT first + n AS stop FROM block WHERE first < ? AND first + n <= ?"
+            " ORDER BY first LIMIT ?)",
+            (lowest, lowest, BLOCKS_PER_DELETE_MAX),
+        ).fetchone()[0]
+        if limit is None:
+            return 0, 0
+        execute("BEGIN IMMEDIATE")
+        cost, records = execute("SELECT sum(cost), sum(n) FROM block WHERE first < ?", (limit,)).fetchone()
+        execute("DELETE FROM block WHERE first < ?", (limit,))
+        execute("UPDATE meta SET value=? WHERE key='end'", (self._end,))
+        execute("COMMIT")
+        return cost, records
+
+    def _expire_dead(self, now: float) -> tuple[int, int]:
+        """Remove dead letters past their retention, and the oldest unparsed bodies beyond their share."""
+        execute = self._db.execute
+        removed = freed = 0
+        old = execute(
+            "SELECT coalesce(max(number),0), count(*), coalesce(sum(length(body)),0) FROM dead WHERE at < ?",
+            (now - self._dead_retention_secs,),
+        ).fetchone()
+        if old[1]:
+            execute("DELETE FROM dead WHERE at < ?", (now - self._dead_retention_secs,))
+            removed, freed = old[1], old[2]
+        (unparsed,) = execute(
+            "SELECT coalesce(sum(length(body)),0) FROM dead WHERE sink=?", (RECEIVER,)
+        ).fetchone()
+        while unparsed > self._unparsed_bytes_max:
+            number, size = execute(
+                "SELECT number, length(body) FROM dead WHERE sink=? ORDER BY number LIMIT 1", (RECEIVER,)
+            ).fetchone()
+            execute("DELETE FROM dead WHERE number=?", (number,))
+            unparsed -= size
+            freed += size
+            removed += 1
+        if removed:
+            log.warning("dead letters past their retention removed", count=removed)
+        return removed, freed
+
+
+def _is_full(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
