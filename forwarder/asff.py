@@ -1,0 +1,393 @@
+"""Mapping of an alert to an AWS Security Hub finding (ASFF). Pure.
+
+Invariants: the same record always gives the same bytes, ``UpdatedAt`` included, so that a retry or a delivery
+after a crash is a no-op at the service (an equal ``UpdatedAt`` is ignored). Nothing is invented: what Falco
+did not say is absent. Everything is cut to its limit at a character, with an ellipsis; the whole alert is in
+the CloudWatch event that ``falco/log_group``, ``falco/log_stream`` and ``falco/id`` name. What leaves here has
+passed ``asff_schema``.
+
+Only ``FindingProviderFields`` carries severity and types, so that a customer's own changes survive updates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from ipaddress import AddressValueError, IPv4Address
+from typing import Any, Literal, NamedTuple
+
+from forwarder import alert as alerts
+from forwarder.alert import Alert, iso_milliseconds
+from forwarder.asff_schema import PID_MAX, PRODUCT_FIELDS_MAX, TYPES_MAX, faults, product_field_key
+from forwarder.record import Record, stream_name
+
+SeverityPreset = Literal["default", "guidance"]
+SEVERITIES: dict[SeverityPreset, tuple[str, ...]] = {
+    "default": (
+        "CRITICAL",
+        "CRITICAL",
+        "CRITICAL",
+        "HIGH",
+        "MEDIUM",
+        "LOW",
+        "INFORMATIONAL",
+        "INFORMATIONAL",
+    ),
+    "guidance": (
+        "CRITICAL",
+        "CRITICAL",
+        "CRITICAL",
+        "HIGH",
+        "HIGH",
+        "MEDIUM",
+        "INFORMATIONAL",
+        "INFORMATIONAL",
+    ),
+}
+"""Severity label by syslog rank: ours, and that of the AWS guidance for Falco (2024)."""
+
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+_PARTITIONS = frozenset({"aws", "aws-cn", "aws-us-gov", "aws-us-iso", "aws-us-iso-b"})
+"""What ``Resources[].Partition`` knows; elsewhere the member is left out."""
+
+_TACTICS = {
+    "mitre_initial_access": "TTPs/Initial Access",
+    "mitre_execution": "TTPs/Execution",
+    "mitre_persistence": "TTPs/Persistence",
+    "mitre_privilege_escalation": "TTPs/Privilege Escalation",
+    "mitre_defense_evasion": "TTPs/Defense Evasion",
+    "mitre_credential_access": "TTPs/Credential Access",
+    "mitre_discovery": "TTPs/Discovery",
+    "mitre_reconnaissance": "TTPs/Discovery",
+    "mitre_lateral_movement": "TTPs/Lateral Movement",
+    "mitre_collection": "TTPs/Collection",
+    "mitre_command_and_control": "TTPs/Command and Control",
+    "mitre_exfiltration": "Effects/Data Exfiltration",
+    "mitre_impact": "Effects/Resource Consumption",
+    "mitre_data_destruction": "Effects/Data Destruction",
+    "TA0043": "TTPs/Discovery",
+    "TA0001": "TTPs/Initial Access",
+    "TA0002": "TTPs/Execution",
+    "TA0003": "TTPs/Persistence",
+    "TA0004": "TTPs/Privilege Escalation",
+    "TA0005": "TTPs/Defense Evasion",
+    "TA0006": "TTPs/Credential Access",
+    "TA0007": "TTPs/Discovery",
+    "TA0008": "TTPs/Lateral Movement",
+    "TA0009": "TTPs/Collection",
+    "TA0011": "TTPs/Command and Control",
+    "TA0010": "Effects/Data Exfiltration",
+    "TA0040": "Effects/Resource Consumption",
+}
+_MITRE_ID = re.compile(r"(TA\d{4}|T\d{4}(?:\.\d{3})?)(?:-.*)?\Z", re.ASCII)
+_BEHAVIOURS = {"k8s_audit": "User", "aws_cloudtrail": "User"}
+_ABSENT = frozenset({"", "<NA>"})
+_DIRECTIONS = {"connect": "OUT", "sendto": "OUT", "sendmsg": "OUT", "accept": "IN", "accept4": "IN"}
+_CONNECTION = re.compile(r"([\d.]{7,15}):(\d{1,5})->([\d.]{7,15}):(\d{1,5})\Z", re.ASCII)
+
+
+class Advice(NamedTuple):
+    """Remediation of a rule: a text, a URL, or both."""
+
+    text: str | None
+    url: str | None
+
+
+class Context(NamedTuple):
+    """What is the same for all findings of one forwarder."""
+
+    partition: str
+    region: str
+    account: str
+    cluster: str
+    replica: str
+    log_group: str
+    log_stream: str
+    """Template of the log stream; both are empty where CloudWatch Logs is off."""
+    severities: tuple[str, ...]
+    remediation: Mapping[str, Advice]
+
+    @property
+    def product_arn(self) -> str:
+        return f"arn:{self.partition}:securityhub:{self.region}:{self.account}:product/{self.account}/default"
+
+
+class UnmappableError(Exception):
+    """The finding breaks a rule of the format in spite of all cutting; the message names it."""
+
+
+def encode(record: Record, context: Context) -> bytes:
+    """The finding of a record, as JSON, checked.
+
+    Raises:
+        UnmappableError: it would not be accepted.
+
+    """
+    encoded = alerts.encode(build(record, context))
+    fault = faults(encoded)
+    if fault:
+        raise UnmappableError(fault)
+    return encoded
+
+
+def build(record: Record, context: Context) -> dict[str, Any]:
+    """The finding of a record, as a dictionary in the shape of ``asff_schema.Finding``."""
+    alert = alerts.decode(record.body).alerts[0]
+    fields = _fields(alert)
+    seen = iso_milliseconds(record.time_ns)
+    taken = iso_milliseconds(record.received_ns)
+    container = _container_id(fields)
+    finding: dict[str, Any] = {
+        "SchemaVersion": "2018-10-08",
+        "Id": finding_id(record, context),
+        "ProductArn": context.product_arn,
+        "ProductName": "Falco",
+        "CompanyName": "Falco",
+        "GeneratorId": cut(f"falco/{alert.rule or 'unknown'}", 512),
+        "AwsAccountId": context.account,
+        "CreatedAt": taken,
+        "UpdatedAt": taken,
+        "FirstObservedAt": seen,
+        "LastObservedAt": seen,
+        "Title": cut(alert.rule or alert.output, 256),
+        "Description": cut(alert.output or alert.rule, 1024),
+        "FindingProviderFields": {
+            "Severity": {
+                "Label": context.severities[record.priority],
+                "Original": cut(alert.priority or "unknown", 64),
+            },
+            "Types": _types(alert.tags, alert.source, bool(container)),
+        },
+        "Resources": _resources(alert, fields, container, context),
+        "ProductFields": _product_fields(record, alert, fields, context),
+        "RecordState": "ACTIVE",
+    }
+    process = _process(fields)
+    if process:
+        finding["Process"] = process
+    connection = _connection(fields)
+    if connection:
+        finding["Action"] = {"ActionType": "NETWORK_CONNECTION", "NetworkConnectionAction": connection}
+    advice = context.remediation.get(alert.rule)
+    if advice is not None:
+        recommendation = {"Text": advice.text and cut(advice.text, 512), "Url": advice.url}
+        finding["Remediation"] = {"Recommendation": {k: v for k, v in recommendation.items() if v}}
+    return finding
+
+
+def finding_id(record: Record, context: Context) -> str:
+    """``falco/{region}/{account}/{cluster}/{alert id}``: the same alert always has the same finding."""
+    return cut(f"falco/{context.region}/{context.account}/{context.cluster or '-'}/{record.id}", 512)
+
+
+def cut(text: str, length_max: int) -> str:
+    """``text`` within ``length_max`` UTF-16 units, cut at a character, with an ellipsis."""
+    if len(text) * 2 <= length_max or (len(text) <= length_max and text.isascii()):
+        return text
+    if len(text.encode("utf-16-le", "replace")) // 2 <= length_max:
+        return text
+    room = length_max - 1
+    units = 0
+    for index, character in enumerate(text):
+        units += 2 if character > "\uffff" else 1
+        if units > room:
+            return text[:index] + ELLIPSIS
+    return text
+
+
+def _fields(alert: Alert) -> dict[str, str]:
+    """Falco's output fields as texts, absent ones left out."""
+    values: dict[str, str] = {}
+    for key, value in alerts.fields(alert.fields).items():
+        if value is None:
+            continue
+        kind = type(value)
+        if kind is str:
+            text = value
+        elif kind is int:
+            text = str(value)
+        elif kind is bool:
+            text = "true" if value else "false"
+        else:
+            text = alerts.encode(value).decode()
+        if text not in _ABSENT and not text.isspace():
+            values[key] = text
+    return values
+
+
+def _container_id(fields: Mapping[str, str]) -> str:
+    identity = fields.get("container.full_id") or fields.get("container.id") or ""
+    return "" if identity == "host" else identity
+
+
+@lru_cache(maxsize=2048)
+def _types(tags: tuple[str, ...], source: str, in_container: bool) -> list[str]:
+    tactics: dict[str, None] = {}
+    techniques: dict[str, None] = {}
+    for tag in tags:
+        match = _MITRE_ID.match(tag)
+        identity = match.group(1) if match else tag
+        if identity in _TACTICS:
+            tactics[_TACTICS[identity]] = None
+        elif match:
+            techniques[identity] = None
+    if len(tactics) == 1 and techniques:
+        (tactic,) = tactics
+        return [f"{tactic}/{technique}" for technique in techniques][:TYPES_MAX]
+    if tactics:
+        return list(tactics)[:TYPES_MAX]
+    if source.startswith("syscall"):
+        return ["Unusual Behaviors/Container" if in_container else "Unusual Behaviors/Process"]
+    return [f"Unusual Behaviors/{_BEHAVIOURS.get(source, 'Application')}"]
+
+
+def _resources(
+    alert: Alert, fields: Mapping[str, str], container: str, context: Context
+) -> list[dict[str, Any]]:
+    resources: list[dict[str, Any]] = []
+    if container:
+        resources.append(_container(fields, container))
+    if alert.hostname:
+        hostname = cut(alert.hostname, 512)
+        resources.append(
+            {"Type": "Other", "Id": hostname, "Details": {"Other": {"hostname": cut(hostname, 1023)}}}
+        )
+    if context.cluster:
+        arn = f"arn:{context.partition}:eks:{context.region}:{context.account}:cluster/{context.cluster}"
+        resources.append(
+            {
+                "Type": "AwsEksCluster",
+                "Id": arn,
+                "Details": {"AwsEksCluster": {"Name": context.cluster, "Arn": arn}},
+            }
+        )
+    if not resources:
+        resources.append({"Type": "Other", "Id": cut(f"falco/{alert.source}", 512)})
+    for resource in resources:
+        resource["Region"] = context.region
+        if context.partition in _PARTITIONS:
+            resource["Partition"] = context.partition
+    resources[0]["ResourceRole"] = "Target"
+    return resources
+
+
+def _container(fields: Mapping[str, str], identity: str) -> dict[str, Any]:
+    repository = fields.get("container.image.repository") or fields.get("container.image") or ""
+    tag = fields.get("container.image.tag", "")
+    image = f"{repository}:{tag}" if repository and tag else repository
+    typed: dict[str, Any] = {}
+    for member, value in (
+        ("Name", fields.get("container.name", "")),
+        ("ImageName", image),
+        ("ImageId", fields.get("container.image.digest") or fields.get("container.image.id") or ""),
+    ):
+        if value:
+            typed[member] = cut(value, 128)
+    if "container.privileged" in fields:
+        typed["Privileged"] = fields["container.privileged"] == "true"
+    details: dict[str, Any] = {}
+    if typed:
+        details["Container"] = typed
+    other = {
+        name: cut(value, 1023)
+        for name, value in (
+            ("pod", fields.get("k8s.pod.name") or fields.get("k8smeta.pod.name") or ""),
+            ("namespace", fields.get("k8s.ns.name") or fields.get("k8smeta.ns.name") or ""),
+        )
+        if value
+    }
+    if other:
+        details["Other"] = other
+    resource: dict[str, Any] = {"Type": "Container", "Id": cut(identity, 512)}
+    if details:
+        resource["Details"] = details
+    return resource
+
+
+def _product_fields(record: Record, alert: Alert, fields: dict[str, str], context: Context) -> dict[str, str]:
+    """Our own names first; Falco's fields fill what is left of the 50, the longest dropped first."""
+    ours = {
+        "falco/id": record.id,
+        "falco/priority": cut(alert.priority, 2048),
+        "falco/source": cut(alert.source, 2048),
+        "falco/time": cut(alert.time, 2048),
+        "falco/hostname": cut(alert.hostname, 2048),
+        "falco/tags": cut(",".join(alert.tags), 2048),
+        "falco/cluster": context.cluster,
+    }
+    if context.log_group:
+        ours["falco/log_group"] = context.log_group
+        ours["falco/log_stream"] = stream_name(
+            context.log_stream,
+            replica=context.replica,
+            cluster=context.cluster,
+            hostname=record.hostname,
+            day=iso_milliseconds(record.time_ns)[:10],
+        )
+    product = {key: value for key, value in ours.items() if value}
+    room = PRODUCT_FIELDS_MAX - len(product)
+    kept = fields.items()
+    if len(fields) > room:
+        kept = dict(sorted(fields.items(), key=lambda field: len(field[1]))[:room]).items()
+    for key, value in kept:
+        product.setdefault(product_field_key(key), cut(value, 2048))
+    return product
+
+
+def _process(fields: Mapping[str, str]) -> dict[str, Any]:
+    process: dict[str, Any] = {}
+    name = fields.get("proc.name")
+    if name:
+        process["Name"] = cut(name, 64)
+    path = fields.get("proc.exepath")
+    if path:
+        process["Path"] = cut(path, 512)
+    for member, key in (("Pid", "proc.pid"), ("ParentPid", "proc.ppid")):
+        number = _number(fields.get(key), PID_MAX)
+        if number is not None:
+            process[member] = number
+    return process
+
+
+def _connection(fields: Mapping[str, str]) -> dict[str, Any]:
+    """NetworkConnectionAction from the connection's two ends; nothing unless it is known which one is remote.
+
+    ``fd.name`` reads ``client:port->server:port``. Falco's ``fd.lport`` and ``fd.rport`` are not used: on an
+    outgoing connection real alerts have them the wrong way round.
+    """
+    ends = _CONNECTION.match(fields.get("fd.name", ""))
+    direction = _DIRECTIONS.get(fields.get("evt.type", ""))
+    if ends is None or direction is None:
+        return {}
+    client, server = (ends[1], ends[2]), (ends[3], ends[4])
+    (address, port), (_, local_port) = (server, client) if direction == "OUT" else (client, server)
+    remote, remote_port = _ipv4(address), _number(port, 65535)
+    if remote is None or remote_port is None:
+        return {}
+    connection: dict[str, Any] = {
+        "ConnectionDirection": direction,
+        "RemoteIpDetails": {"IpAddressV4": remote},
+        "RemotePortDetails": {"Port": remote_port},
+    }
+    own_port = _number(local_port, 65535)
+    if own_port is not None:
+        connection["LocalPortDetails"] = {"Port": own_port}
+    protocol = fields.get("fd.l4proto")
+    if protocol:
+        connection["Protocol"] = cut(protocol.upper(), 64)
+    return connection
+
+
+def _number(text: str | None, largest: int) -> int | None:
+    if text is None or not text.isdecimal() or len(text) > len(str(largest)):
+        return None
+    number = int(text)
+    return number if number <= largest else None
+
+
+def _ipv4(text: str) -> str | None:
+    try:
+        return str(IPv4Address(text))
+    except AddressValueError:
+        return None

@@ -1,0 +1,202 @@
+"""The AWS Security Finding Format, as far as the forwarder uses it, as types that check themselves.
+
+The SDK checks neither maximum lengths nor patterns nor enums, and the service answers HTTP 200 with the
+finding refused; so every finding is decoded into these types before it is sent. Sources: API reference of
+BatchImportFindings and AwsSecurityFinding, the ASFF guide, and error texts of the real validator (which counts
+characters, not bytes). Unknown members are an error: a typing slip must not reach the service.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+FINDING_BYTES_MAX = 240_000
+"""Documented as 240 KB for one finding."""
+PRODUCT_FIELDS_MAX = 50
+OTHER_MAX = 50
+RESOURCES_MAX = 32
+TYPES_MAX = 50
+PID_MAX = 2_147_483_647
+
+_NAMESPACES = (
+    "Software and Configuration Checks|TTPs|Effects|Unusual Behaviors|Sensitive Data Identifications"
+)
+_TIMESTAMP = r"^\d{4}-[01]\d-[0-3]\dT(?:[0-2]\d:[0-5]\d:[0-5]\d|23:59:60)(?:\.\d{1,9})?(?:Z|[+-]\d\d:?\d\d)\Z"
+
+Timestamp = Annotated[str, Meta(pattern=_TIMESTAMP)]
+Url = Annotated[str, Meta(pattern=r"^https?://\S+\Z", max_length=2048)]
+Text16 = Annotated[str, Meta(min_length=1, max_length=16)]
+Text64 = Annotated[str, Meta(min_length=1, max_length=64)]
+Text128 = Annotated[str, Meta(min_length=1, max_length=128)]
+Text256 = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"\S")]
+Text512 = Annotated[str, Meta(min_length=1, max_length=512, pattern=r"\S")]
+Text1024 = Annotated[str, Meta(min_length=1, max_length=1024, pattern=r"\S")]
+ProductFieldKey = Annotated[str, Meta(min_length=1, max_length=128)]
+"""Characters are checked once per key by ``product_field_key``: keys repeat, patterns are slow."""
+ProductFieldValue = Annotated[str, Meta(min_length=1, max_length=2048)]
+OtherKey = Annotated[str, Meta(min_length=1, max_length=127)]
+OtherValue = Annotated[str, Meta(min_length=1, max_length=1023)]
+FindingType = Annotated[str, Meta(pattern=rf"^(?:{_NAMESPACES})(?:/[^/]+){{0,2}}\Z")]
+PortNumber = Annotated[int, Meta(ge=0, le=65535)]
+ProcessId = Annotated[int, Meta(ge=0, le=PID_MAX)]
+
+
+class _Asff(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Severity(_Asff, frozen=True):
+    """Of FindingProviderFields: the service copies it to the top level unless a customer changed it."""
+
+    Label: Literal["INFORMATIONAL", "LOW", "MEDIUM", "HIGH", "CRITICAL"]
+    Original: Text64 | None = None
+
+
+class ProviderFields(_Asff, frozen=True):
+    """The only place for severity and types: top-level ones belong to the customer."""
+
+    Severity: Severity
+    Types: Annotated[list[FindingType], Meta(min_length=1, max_length=TYPES_MAX)]
+
+
+class Recommendation(_Asff, frozen=True):
+    """At least one of both."""
+
+    Text: Text512 | None = None
+    Url: Url | None = None
+
+
+class Remediation(_Asff, frozen=True):
+    """What to do about it."""
+
+    Recommendation: Recommendation
+
+
+class Container(_Asff, frozen=True):
+    """Details of a Container resource."""
+
+    Name: Text128 | None = None
+    ImageName: Text128 | None = None
+    ImageId: Text128 | None = None
+    LaunchedAt: Timestamp | None = None
+    Privileged: bool | None = None
+
+
+class EksCluster(_Asff, frozen=True):
+    """Details of an AwsEksCluster resource."""
+
+    Name: Text128
+    Arn: Annotated[str, Meta(pattern=r"^arn:[a-z-]+:eks:[a-z0-9-]+:\d{12}:cluster/.+\Z", max_length=512)]
+
+
+class Details(_Asff, frozen=True):
+    """One typed object at most, and what has no type."""
+
+    Container: Container | None = None
+    AwsEksCluster: EksCluster | None = None
+    Other: Annotated[dict[OtherKey, OtherValue], Meta(min_length=1, max_length=OTHER_MAX)] | None = None
+
+
+class Resource(_Asff, frozen=True):
+    """What the finding is about."""
+
+    Type: Text256
+    Id: Text512
+    Region: Text16 | None = None
+    Partition: Literal["aws", "aws-cn", "aws-us-gov", "aws-us-iso", "aws-us-iso-b"] | None = None
+    ResourceRole: Literal["Actor", "Target"] | None = None
+    Details: Details | None = None
+
+
+class Process(_Asff, frozen=True):
+    """The process that triggered the rule."""
+
+    Name: Text64 | None = None
+    Path: Text512 | None = None
+    Pid: ProcessId | None = None
+    ParentPid: ProcessId | None = None
+
+
+class IpDetails(_Asff, frozen=True):
+    """The model has no member for IPv6."""
+
+    IpAddressV4: Annotated[str, Meta(pattern=r"^(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)(?:\.(?!\Z)|\Z)){4}\Z")]
+
+
+class PortDetails(_Asff, frozen=True):
+    """One end of a connection."""
+
+    Port: PortNumber
+
+
+class NetworkConnection(_Asff, frozen=True):
+    """Details of Action NETWORK_CONNECTION."""
+
+    ConnectionDirection: Literal["IN", "OUT"] | None = None
+    Protocol: Text64 | None = None
+    RemoteIpDetails: IpDetails | None = None
+    RemotePortDetails: PortDetails | None = None
+    LocalPortDetails: PortDetails | None = None
+
+
+class Action(_Asff, frozen=True):
+    """What happened on the network."""
+
+    ActionType: Literal["NETWORK_CONNECTION"]
+    NetworkConnectionAction: NetworkConnection
+
+
+class Finding(_Asff, frozen=True):
+    """One finding as BatchImportFindings takes it."""
+
+    SchemaVersion: Literal["2018-10-08"]
+    Id: Text512
+    ProductArn: Annotated[
+        str,
+        Meta(pattern=r"^arn:[a-z-]+:securityhub:[a-z0-9-]+:(\d{12}):product/\1/default\Z", max_length=2048),
+    ]
+    ProductName: Text128
+    CompanyName: Text128
+    GeneratorId: Text512
+    AwsAccountId: Annotated[str, Meta(pattern=r"^\d{12}\Z")]
+    CreatedAt: Timestamp
+    UpdatedAt: Timestamp
+    FirstObservedAt: Timestamp
+    LastObservedAt: Timestamp
+    Title: Text256
+    Description: Text1024
+    FindingProviderFields: ProviderFields
+    Resources: Annotated[list[Resource], Meta(min_length=1, max_length=RESOURCES_MAX)]
+    ProductFields: Annotated[
+        dict[ProductFieldKey, ProductFieldValue], Meta(min_length=1, max_length=PRODUCT_FIELDS_MAX)
+    ]
+    RecordState: Literal["ACTIVE", "ARCHIVED"]
+    Process: Process | None = None
+    Action: Action | None = None
+    Remediation: Remediation | None = None
+
+
+_decoder = msgspec.json.Decoder(Finding)
+_key_character = re.compile(r"[^A-Za-z0-9 .:+=@_/-]")
+
+
+@lru_cache(maxsize=4096)
+def product_field_key(name: str) -> str:
+    """A key of ProductFields: 1 to 128 of ``A-Za-z0-9 .:+=@_/-``; the prefix keeps clear of ``aws/``."""
+    return "falco/" + _key_character.sub("_", name)[:122]
+
+
+def faults(encoded: bytes) -> str:
+    """What is wrong with an encoded finding, in the words of the first rule it breaks, or nothing."""
+    if len(encoded) > FINDING_BYTES_MAX:
+        return f"finding of {len(encoded)} bytes exceeds {FINDING_BYTES_MAX}"
+    try:
+        _decoder.decode(encoded)
+    except msgspec.MsgspecError as error:
+        return str(error)
+    return ""
