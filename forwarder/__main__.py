@@ -1,0 +1,138 @@
+"""The command line: arguments, signals, exit codes. Everything else is elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from forwarder import __version__
+
+EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of all commands."""
+    root = argparse.ArgumentParser(
+        prog="falco-forwarder",
+        description="Carries Falco alerts to AWS. Nothing that was acknowledged is lost.",
+    )
+    root.add_argument("--version", action="version", version=f"falco-forwarder {__version__}")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run the service")
+    run.add_argument("--config", type=Path, metavar="FILE", help="configuration (YAML)")
+    check = commands.add_parser("check", help="list every fault of the configuration")
+    check.add_argument("--config", type=Path, metavar="FILE", help="configuration (YAML)")
+    check.add_argument("--live", action="store_true", help="also try credentials, group and hub at AWS")
+    replay = commands.add_parser("replay", help="post stored Falco alerts (NDJSON) to a receiver")
+    replay.add_argument("file", metavar="FILE", help="NDJSON file, or - for standard input")
+    replay.add_argument("--url", default="http://127.0.0.1:2801/", help="receiver (%(default)s)")
+    replay.add_argument(
+        "--senders", type=int, default=1, metavar="N", help="connections at a time (%(default)s)"
+    )
+    demo = commands.add_parser("demo", help="run the main job on an embedded AWS, with real Falco alerts")
+    mode = demo.add_mutually_exclusive_group()
+    mode.add_argument("--once", action="store_true", help="stop when all is delivered (the default)")
+    mode.add_argument("--keep", action="store_true", help="stay up and print commands to look around with")
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = parser().parse_args(arguments)
+    if options.command == "run":
+        return _run(options.config)
+    if options.command == "check":
+        return _check(options.config, live=options.live)
+    if options.command == "replay":
+        return _replay(options.file, options.url, max(1, min(options.senders, 64)))
+    return _demo(keep=options.keep)
+
+
+def _run(config: Path | None) -> int:
+    from forwarder.app import Application, ConfigError, load_settings  # noqa: PLC0415 - --version stays fast
+    from forwarder.logs import configure  # noqa: PLC0415
+    from forwarder.spool_schema import SpoolUnusableError  # noqa: PLC0415
+
+    try:
+        settings = load_settings(config)
+    except ConfigError as error:
+        return _report(error)
+    configure(settings.log.level)
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+        application = Application(settings)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await application.start()
+        gc.collect()
+        gc.freeze()  # what start-up made stays: the collector need not look at it again
+        await stop.wait()
+        await application.stop()
+
+    try:
+        asyncio.run(serve())
+    except (SpoolUnusableError, OSError) as error:
+        print(f"falco-forwarder: cannot start: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+def _check(config: Path | None, *, live: bool) -> int:
+    from forwarder.app import ConfigError, load_settings  # noqa: PLC0415
+
+    try:
+        settings = load_settings(config)
+    except ConfigError as error:
+        return _report(error)
+    print("configuration ok")
+    if not live:
+        return EXIT_OK
+    from forwarder.live_check import live_check, table  # noqa: PLC0415
+
+    steps = asyncio.run(live_check(settings))
+    print(table(steps))
+    return EXIT_OK if all(step.ok for step in steps) else EXIT_FAILED
+
+
+def _report(error: Exception) -> int:
+    faults = getattr(error, "faults", [])
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    count = len(faults)
+    print(f"falco-forwarder: {count} fault{'s' if count != 1 else ''} in the configuration", file=sys.stderr)
+    return EXIT_CONFIG
+
+
+def _replay(file: str, url: str, senders: int) -> int:
+    from forwarder.replay import Bar, replay  # noqa: PLC0415
+
+    try:
+        with contextlib.ExitStack() as stack:
+            source = sys.stdin.buffer if file == "-" else stack.enter_context(Path(file).open("rb"))
+            bodies = [line for line in (line.strip() for line in source) if line]
+    except OSError as error:
+        print(f"falco-forwarder: {file} cannot be read: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
+    report = asyncio.run(replay(bodies, url, senders=senders, progress=Bar(len(bodies), "replay")))
+    print(f"sent {report.sent}\nacknowledged {report.acknowledged}")
+    for why, count in report.refused.most_common():
+        print(f"refused {count}: {why}", file=sys.stderr)
+    return EXIT_OK if report.acknowledged == report.sent else EXIT_FAILED
+
+
+def _demo(*, keep: bool) -> int:
+    from forwarder.demo import demo  # noqa: PLC0415
+
+    return demo(keep=keep)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

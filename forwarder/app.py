@@ -1,0 +1,299 @@
+"""The composition root: builds everything from the settings, starts it in order, stops it in reverse.
+
+Start: spool (the promise), AWS clients (slow, so before the listener), admin port, delivery workers, receiver.
+Stop: unready and draining, listener closed after its delay, what was read is answered, workers deliver what they
+can within ``delivery.drain_secs_max``, clients closed, spool closed. What is left waits on disk for the next start.
+
+The same object runs in production and, on port 0, inside a test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import structlog
+
+from forwarder.admin import Admin, AdminSettings
+from forwarder.aws import Aws, AwsSettings
+from forwarder.config import ConfigError as ConfigError  # noqa: PLC0414 - part of this module's face
+from forwarder.config import load, setting
+from forwarder.delivery import DeliverySettings, Sink, Worker
+from forwarder.ingest import Ingest
+from forwarder.logs import LogSettings
+from forwarder.metrics import Metrics
+from forwarder.receiver import Receiver, ReceiverSettings
+from forwarder.record import DeadLetter
+from forwarder.sinks import SINKS, sink_class
+from forwarder.spool import Spool, SpoolSettings
+
+RESTART_SECS = 1.0
+LAG_PERIOD_SECS = 0.25
+LAG_WINDOW_SECS = 10.0
+WRITER_SILENCE_SECS_MAX = 30.0
+
+log = structlog.get_logger("app")
+
+
+class ClusterSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of the cluster."""
+
+    name: Annotated[
+        str,
+        setting(
+            "Name of the (EKS) cluster the alerts come from: part of every event and finding Id.",
+            pattern=r"^([0-9A-Za-z][A-Za-z0-9_-]{0,99})?$",
+        ),
+    ] = ""
+
+
+class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of this replica."""
+
+    name: Annotated[
+        str, setting("Name of this replica, for its log stream; the host name where it is empty.")
+    ] = ""
+
+
+_Sinks: Any = msgspec.defstruct(
+    "SinksSettings",
+    [
+        (
+            name,
+            sink_class(name).settings_type,
+            msgspec.field(default_factory=sink_class(name).settings_type),
+        )
+        for name in SINKS
+    ],
+    frozen=True,
+    kw_only=True,
+)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole configuration."""
+
+    cluster: ClusterSettings = msgspec.field(default_factory=ClusterSettings)
+    replica: ReplicaSettings = msgspec.field(default_factory=ReplicaSettings)
+    spool: SpoolSettings = msgspec.field(default_factory=SpoolSettings)
+    receiver: ReceiverSettings = msgspec.field(default_factory=ReceiverSettings)
+    admin: AdminSettings = msgspec.field(default_factory=AdminSettings)
+    delivery: DeliverySettings = msgspec.field(default_factory=DeliverySettings)
+    aws: AwsSettings = msgspec.field(default_factory=AwsSettings)
+    log: LogSettings = msgspec.field(default_factory=LogSettings)
+    sinks: _Sinks = msgspec.field(default_factory=_Sinks)
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if not enabled_sinks(self):
+            yield "sinks", f"no sink is enabled (there are: {', '.join(SINKS)})"
+        ports = {self.receiver.port, self.admin.port} - {0}
+        if self.receiver.port == self.admin.port and ports:
+            yield "admin.port", "is the receiver's port too"
+
+
+def enabled_sinks(settings: Settings) -> list[str]:
+    """Names of the sinks that are on, in the order of the registry."""
+    return [name for name in SINKS if getattr(settings.sinks, name).enabled]
+
+
+def load_settings(path: Path | None, environment: Mapping[str, str] | None = None) -> Settings:
+    """Read and check the configuration; raises ``ConfigError`` with every fault."""
+    return load(Settings, path, environment)
+
+
+class Application:
+    """One running forwarder."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        now: Callable[[], float] = time.time,
+        now_ns: Callable[[], int] = time.time_ns,
+        rng: random.Random | None = None,
+        validate: bool = False,
+    ) -> None:
+        """``validate`` turns the SDK's own parameter check on (tests)."""
+        self.settings = settings
+        self._now = now
+        self._stack = contextlib.AsyncExitStack()
+        self._rng = rng or random.Random()  # noqa: S311 - jitter
+        self._started_at = now()
+        self._draining = False
+        self._lags: list[tuple[float, float]] = []
+        names = enabled_sinks(settings)
+        self.metrics = Metrics(names)
+        self.spool = Spool(settings.spool, sinks=names, metrics=self.metrics, now=now)
+        self.aws = Aws(settings.aws, validate=validate)
+        self.sinks = [build_sink(name, settings, self.aws, now) for name in names]
+        self.workers = [
+            Worker(
+                sink,
+                spool=self.spool,
+                settings=settings.delivery,
+                metrics=self.metrics,
+                now=now,
+                rng=self._rng,
+            )
+            for sink in self.sinks
+        ]
+        self._now_ns = now_ns
+        self.admin = Admin(settings.admin, self)
+
+    async def start(self) -> None:
+        """Open everything. On a failure what was opened is closed again."""
+        loop = asyncio.get_running_loop()
+        async with contextlib.AsyncExitStack() as stack:
+            await self.spool.open()
+            stack.push_async_callback(self.spool.close)
+            stack.push_async_callback(self.aws.close)
+            await self.aws.open_clients([(sink.service, sink.role) for sink in self.sinks])
+            await self.admin.start()
+            stack.push_async_callback(self.admin.stop)
+            tasks = [
+                asyncio.create_task(self._guard(worker), name=f"delivery {worker.name}")
+                for worker in self.workers
+            ]
+            stack.push_async_callback(self._drain_workers, tasks)
+            lag = asyncio.create_task(self._watch_lag(), name="loop lag")
+            stack.callback(lag.cancel)
+            self.ingest = Ingest(
+                spool=self.spool,
+                metrics=self.metrics,
+                hold_secs_max=self.settings.receiver.hold_secs_max,
+                now_ns=self._now_ns,
+                now_monotonic=loop.time,
+            )
+            self.receiver = Receiver(
+                self.settings.receiver,
+                ingest=self.ingest,
+                metrics=self.metrics,
+                rng=self._rng,
+                now_ns=self._now_ns,
+            )
+            await self.receiver.start()
+            stack.push_async_callback(self._stop_receiver)
+            self._stack = stack.pop_all()
+        log.info(
+            "started",
+            sinks=[worker.name for worker in self.workers],
+            receiver_port=self.receiver.port,
+            admin_port=self.admin.port,
+            waiting=self.spool.events,
+            sync=self.settings.spool.sync,
+        )
+
+    async def stop(self, *, delay: bool = True) -> None:
+        """Drain and close everything; ``delay`` keeps the listener up for a while first."""
+        self._draining = True
+        self._delay = self.settings.receiver.drain_delay_secs if delay else 0.0
+        await self._stack.aclose()
+        log.info("stopped", waiting=self.spool.events)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Start, wait for ``stop``, stop."""
+        await self.start()
+        await stop.wait()
+        await self.stop()
+
+    # ---- what the admin port asks -------------------------------------------------------------------
+
+    def alive(self) -> str:
+        silence = asyncio.get_running_loop().time() - self.spool.writer_beat
+        if silence > WRITER_SILENCE_SECS_MAX:
+            return f"the spool's writer has not moved for {silence:.0f} s"
+        return ""
+
+    def ready(self) -> str:
+        if self._draining:
+            return "draining"
+        if self.spool.failure:
+            return f"the spool cannot be written: {self.spool.failure}"
+        if self.spool.fill >= 1.0:
+            return "the spool is full"
+        if not self.receiver.listening:
+            return "the receiver does not listen"
+        return ""
+
+    def status(self) -> dict[str, Any]:
+        oldest = self.spool.oldest.values()
+        return {
+            "state": "draining" if self._draining else (self.ready() and "not ready") or "running",
+            "reason": self.ready() or None,
+            "uptime_secs": round(self._now() - self._started_at, 1),
+            "spool": {
+                "alerts": self.spool.events,
+                "bytes": self.spool.used_bytes,
+                "bytes_max": self.settings.spool.bytes_max,
+                "oldest_secs": round(max(0.0, self._now() - min(oldest)), 1) if oldest else 0.0,
+                "sync": self.settings.spool.sync,
+                "dead_letters": self.spool.dead,
+            },
+            "sinks": {worker.name: worker.status()._asdict() for worker in self.workers},
+        }
+
+    def publish(self) -> None:
+        for worker in self.workers:
+            worker.publish()
+        self.metrics.ready.set(not self.ready())
+        self.metrics.loop_lag.set(max((lag for _, lag in self._lags), default=0.0))
+
+    async def dead_letters(self, before: int, limit: int) -> list[tuple[int, DeadLetter]]:
+        return await self.spool.dead_letters(before, limit)
+
+    # ---- inside -------------------------------------------------------------------------------------
+
+    async def _stop_receiver(self) -> None:
+        self.receiver.drain()
+        await asyncio.sleep(self._delay)
+        await self.receiver.stop()
+
+    async def _drain_workers(self, tasks: list[asyncio.Task[None]]) -> None:
+        for worker in self.workers:
+            worker.drain()
+        await asyncio.wait(tasks, timeout=self.settings.delivery.drain_secs_max)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _guard(self, worker: Worker) -> None:
+        """A worker never ends by itself while we run: a fault of ours is logged, and it starts again."""
+        while True:
+            try:
+                await worker.run()
+            except Exception:
+                log.exception("delivery worker failed, starting it again", sink=worker.name)
+            else:
+                return
+            await asyncio.sleep(RESTART_SECS)
+
+    async def _watch_lag(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            before = loop.time()
+            await asyncio.sleep(LAG_PERIOD_SECS)
+            now = loop.time()
+            self._lags = [item for item in self._lags if item[0] > now - LAG_WINDOW_SECS]
+            self._lags.append((now, max(0.0, now - before - LAG_PERIOD_SECS)))
+
+
+def build_sink(name: str, settings: Settings, aws: Aws, now: Callable[[], float]) -> Any:
+    """A sink from its own section, with what all of them may ask for."""
+    logs = settings.sinks.cloudwatch_logs
+    sink: Sink = sink_class(name)(
+        getattr(settings.sinks, name),
+        aws=aws,
+        cluster=settings.cluster.name,
+        replica=settings.replica.name or socket.gethostname(),
+        now=now,
+        log_group=logs.log_group if logs.enabled else "",
+        log_stream=logs.log_stream if logs.enabled else "",
+    )
+    return sink

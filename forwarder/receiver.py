@@ -1,0 +1,332 @@
+"""The receiver: Falco's ``http_output`` target on port 2801.
+
+How Falco behaves, and what follows (Falco 0.1 to 0.45, libcurl):
+
+- It never looks at the status, so a 2xx is for people and other tools; but it is a promise: given only after
+  the alert is durable. The body is empty: before 0.36 Falco prints it.
+- One request at a time on one kept-alive connection, closed by libcurl after 118 s idle: ours stays open 130 s.
+- A refused or reset connection loses the alert. So the listener stays up through the drain delay, and
+  connections end by ``Connection: close`` on an answer: on drain, and at their age (a ClusterIP Service
+  balances per connection, so an eternal one would never move to a new replica).
+- Any POST path is an alert, as with falcosidekick, whose ``/ping``, ``/healthz`` and ``/test`` are here too.
+
+Built on aiohttp's low-level server: no router, no middleware. aiohttp has no deadline for a half-sent header
+nor for a slow body, and would unpack a compressed one: all three are set here. No line per request is logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import msgspec
+import structlog
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from forwarder.alert import encode, iso_milliseconds
+from forwarder.config import setting
+from forwarder.ingest import Answer, Ingest, Outcome
+from forwarder.metrics import Metrics
+
+KEEP_ALIVE_SECS = 130.0
+LINGER_SECS = 2.0
+SWEEP_SECS = 1.0
+BACKLOG = 1024
+RETRY_AFTER_SECS = 5
+
+log = structlog.get_logger("receiver")
+
+
+class ReceiverSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of the receiver."""
+
+    host: Annotated[str, setting("Address to listen on.")] = "0.0.0.0"  # noqa: S104 - a cluster service
+    port: Annotated[int, setting("Port Falco posts to; 0 takes a free one.", ge=0, le=65535)] = 2801
+    body_bytes_max: Annotated[
+        int, setting("Largest body; more is answered 413.", unit="bytes", ge=1024, le=64 << 20)
+    ] = 4 << 20
+    header_secs_max: Annotated[
+        float, setting("Longest time for a header to arrive.", unit="seconds", gt=0)
+    ] = 10.0
+    body_secs_max: Annotated[float, setting("Longest time for a body to arrive.", unit="seconds", gt=0)] = (
+        15.0
+    )
+    hold_secs_max: Annotated[
+        float,
+        setting(
+            "With a full spool, how long an answer is held before 503. Above 2 s Falco logs that its outputs are blocked.",
+            unit="seconds",
+            ge=0,
+            le=60,
+        ),
+    ] = 1.5
+    connection_age_secs_max: Annotated[
+        float,
+        setting(
+            "Age at which a connection is closed with its next answer, so that senders spread over replicas.",
+            unit="seconds",
+            gt=0,
+        ),
+    ] = 600.0
+    connections_max: Annotated[int, setting("Open connections.", unit="connections", ge=1)] = 10_000
+    drain_delay_secs: Annotated[
+        float,
+        setting(
+            "After SIGTERM, how long new connections are still accepted while endpoints are withdrawn.",
+            unit="seconds",
+            ge=0,
+            le=600,
+        ),
+    ] = 2.0
+
+
+class _Connection(RequestHandler):
+    """One sender. Knows what a deadline needs: when it was opened, when a header began, whether it is busy."""
+
+    __slots__ = ("_receiver", "busy", "expires_at", "heard_at", "served")
+
+    def __init__(self, receiver: Receiver, **keys: Any) -> None:
+        super().__init__(receiver.server, **keys)
+        self._receiver = receiver
+        self.heard_at: float | None = None
+        self.busy = False
+        self.served = 0
+        self.expires_at = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        now = self._loop.time()
+        self.heard_at = now
+        self.expires_at = self._receiver.expiry(now)
+        super().connection_made(transport)
+        self._receiver.opened(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self._receiver.metrics.connections.dec()
+
+    def data_received(self, data: bytes) -> None:
+        if self.heard_at is None:
+            self.heard_at = self._loop.time()
+        super().data_received(data)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,  # noqa: ARG002 - the signature is aiohttp's
+        status: int = 500,
+        exc: BaseException | None = None,  # noqa: ARG002
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Not HTTP, or too much of a header: one line of answer, none in the log."""
+        response = web.json_response(
+            {"error": " ".join((message or "bad request").split())[:200]}, status=status
+        )
+        response.force_close()
+        return response
+
+
+class Receiver:
+    """Listens, and turns ingest's outcome into an answer."""
+
+    def __init__(
+        self,
+        settings: ReceiverSettings,
+        *,
+        ingest: Ingest,
+        metrics: Metrics,
+        rng: random.Random,
+        now_ns: Callable[[], int],
+    ) -> None:
+        self._settings = settings
+        self._ingest = ingest
+        self._rng = rng
+        self._now_ns = now_ns
+        self._draining = False
+        self._listener: asyncio.Server | None = None
+        self.metrics = metrics
+        self.port = 0
+
+    @property
+    def listening(self) -> bool:
+        return self._listener is not None and self._listener.is_serving()
+
+    async def start(self) -> None:
+        """Listen; raises ``OSError`` where the port is taken."""
+        self._loop = asyncio.get_running_loop()
+        self.server = web.Server(self._serve)
+        self._listener = await self._loop.create_server(
+            self._connection, self._settings.host, self._settings.port, backlog=BACKLOG, reuse_address=True
+        )
+        self.port = self._listener.sockets[0].getsockname()[1]
+        self._sweeper = asyncio.create_task(self._sweep(), name="receiver deadlines")
+        log.info("receiver listens", host=self._settings.host, port=self.port)
+
+    def drain(self) -> None:
+        """Go on accepting, but end each connection with its next answer."""
+        self._draining = True
+
+    async def stop(self) -> None:
+        """Close the listener, answer what was read, close the rest."""
+        if self._listener is None:
+            return
+        self._listener.close()
+        self.server.pre_shutdown()
+        await self.server.shutdown(self._settings.hold_secs_max + 5)
+        self._sweeper.cancel()
+
+    def expiry(self, now: float) -> float:
+        """Loop time at which a connection opened now has reached its age: 75 to 100 % of the maximum."""
+        return now + self._settings.connection_age_secs_max * self._rng.uniform(0.75, 1.0)
+
+    def opened(self, connection: _Connection) -> None:
+        """Count a connection; at the limit, one that never sent a request makes room, or the new one goes."""
+        self.metrics.connections.inc()
+        everyone = self.server.connections
+        if len(everyone) <= self._settings.connections_max:
+            return
+        idle = [
+            other
+            for other in everyone
+            if isinstance(other, _Connection) and not other.served and not other.busy
+        ]
+        victim = min(idle, key=lambda other: other.heard_at or 0.0) if idle else connection
+        self.metrics.connections_closed["connections"].inc()
+        victim.force_close()
+
+    def _connection(self) -> _Connection:
+        return _Connection(
+            self,
+            loop=self._loop,
+            keepalive_timeout=KEEP_ALIVE_SECS,
+            lingering_time=LINGER_SECS,
+            access_log=None,
+            auto_decompress=False,
+        )
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECS)
+            latest = self._loop.time() - self._settings.header_secs_max
+            for connection in self.server.connections:
+                if not isinstance(connection, _Connection) or connection.busy:
+                    continue
+                if connection.heard_at is not None and connection.heard_at < latest:
+                    self.metrics.connections_closed["header_timeout"].inc()
+                    connection.force_close()
+
+    async def _serve(self, request: web.BaseRequest) -> web.StreamResponse:
+        connection = request.protocol
+        assert isinstance(connection, _Connection)  # noqa: S101 - for the type checker: made by _connection
+        connection.busy = True
+        try:
+            response = await self._answer(request)
+        except Exception:
+            # The outer boundary: a fault of ours must not take the listener with it.
+            log.exception("request failed")
+            response = _refusal(500, "internal error")
+        finally:
+            connection.busy = False
+            connection.heard_at = None
+            connection.served += 1
+        if self._draining or self._loop.time() >= connection.expires_at:
+            response.force_close()
+            if not self._draining:
+                self.metrics.connections_closed["age"].inc()
+        self.metrics.requests[response.status].inc()
+        return response
+
+    async def _answer(self, request: web.BaseRequest) -> web.Response:
+        if request.method != "POST":
+            return _other_methods(request)
+        content = request.content
+        refusal = self._refuse_by_header(request)
+        if refusal is None and not content.is_eof():
+            body, refusal = await self._receive(request, content)
+        else:
+            body = content.read_nowait() if refusal is None else b""
+        if refusal is None and len(body) > self._settings.body_bytes_max:
+            refusal = self._too_large()
+        if refusal is not None:
+            refusal.force_close()  # the rest is not read, so the connection cannot be used again
+            return refusal
+        if request.path == "/test":
+            body = self._test_alert()
+        return _response(await self._ingest.take(body))
+
+    def _refuse_by_header(self, request: web.BaseRequest) -> web.Response | None:
+        if request.headers.get("Content-Encoding", "identity") != "identity":
+            return _refusal(415, "Content-Encoding is not accepted: Falco never compresses")
+        if (request.content_length or 0) > self._settings.body_bytes_max:
+            return self._too_large()
+        return None
+
+    def _too_large(self) -> web.Response:
+        return _refusal(413, f"body larger than {self._settings.body_bytes_max} bytes")
+
+    async def _receive(self, request: web.BaseRequest, content: Any) -> tuple[bytes, web.Response | None]:
+        """The body of a request that is still arriving, or why not."""
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
+        try:
+            async with asyncio.timeout(self._settings.body_secs_max):
+                return await self._read(content, self._settings.body_bytes_max), None
+        except TimeoutError:
+            return b"", _refusal(408, f"body not complete within {self._settings.body_secs_max} s")
+        except (web.RequestPayloadError, asyncio.IncompleteReadError) as error:
+            return b"", _refusal(400, f"body cannot be read: {error}")
+
+    @staticmethod
+    async def _read(content: Any, size_max: int) -> bytes:
+        """The whole body, or the first part of it that is too large."""
+        parts: list[bytes] = []
+        size = 0
+        while not content.at_eof() and size <= size_max:
+            part = await content.readany()
+            size += len(part)
+            parts.append(part)
+        return b"".join(parts)
+
+    def _test_alert(self) -> bytes:
+        """What falcosidekick makes of POST /test: a Debug alert of the rule "Test rule"."""
+        now_ns = self._now_ns()
+        return encode(
+            {
+                "hostname": socket.gethostname(),
+                "output": "This is a test from falco-aws-forwarder",
+                "output_fields": {"proc.name": "falco-forwarder", "proc.tty": 1234},
+                "priority": "Debug",
+                "rule": "Test rule",
+                "source": "internal",
+                "tags": ["test"],
+                "time": iso_milliseconds(now_ns)[:-4] + f"{now_ns % 1_000_000_000:09d}Z",
+            }
+        )
+
+
+def _other_methods(request: web.BaseRequest) -> web.Response:
+    if request.method in {"GET", "HEAD"}:
+        if request.path == "/ping":
+            return web.Response(text="pong\n")
+        if request.path == "/healthz":
+            return web.json_response({"status": "ok"})
+    response = _refusal(405, "alerts are posted: POST / with one Falco alert as JSON")
+    response.headers["Allow"] = "POST"
+    return response
+
+
+def _response(answer: Answer) -> web.Response:
+    if answer.outcome is Outcome.STORED:
+        return web.Response()
+    if answer.outcome is Outcome.UNPARSED:
+        return _refusal(400, answer.fault)
+    response = _refusal(503, answer.fault or "no room")
+    response.headers["Retry-After"] = str(RETRY_AFTER_SECS)
+    return response
+
+
+def _refusal(status: int, fault: str) -> web.Response:
+    return web.Response(status=status, body=encode({"error": fault}) + b"\n", content_type="application/json")
