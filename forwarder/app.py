@@ -162,8 +162,6 @@ class Application:
                 for worker in self.workers
             ]
             stack.push_async_callback(self._drain_workers, tasks)
-            lag = asyncio.create_task(self._watch_lag(), name="loop lag")
-            stack.callback(lag.cancel)
             self.ingest = Ingest(
                 spool=self.spool,
                 metrics=self.metrics,
@@ -171,6 +169,8 @@ class Application:
                 now_ns=self._now_ns,
                 now_monotonic=loop.time,
             )
+            lag = asyncio.create_task(self._watch_lag(), name="loop lag")
+            stack.callback(lag.cancel)
             self.receiver = Receiver(
                 self.settings.receiver,
                 ingest=self.ingest,
@@ -240,6 +240,8 @@ class Application:
         }
 
     def publish(self) -> None:
+        self.ingest.publish()
+        self.receiver.publish()
         for worker in self.workers:
             worker.publish()
         self.metrics.ready.set(not self.ready())
@@ -282,6 +284,7 @@ class Application:
             now = loop.time()
             self._lags = [item for item in self._lags if item[0] > now - LAG_WINDOW_SECS]
             self._lags.append((now, max(0.0, now - before - LAG_PERIOD_SECS)))
+            self.ingest.publish()
 
 
 def build_sink(name: str, settings: Settings, aws: Aws, now: Callable[[], float]) -> Any:

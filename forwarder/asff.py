@@ -18,8 +18,8 @@ from ipaddress import AddressValueError, IPv4Address
 from typing import Any, Literal, NamedTuple
 
 from forwarder import alert as alerts
-from forwarder.alert import Alert, iso_milliseconds
-from forwarder.asff_schema import PID_MAX, PRODUCT_FIELDS_MAX, TYPES_MAX, faults, product_field_key
+from forwarder.alert import iso_milliseconds, present
+from forwarder.asff_schema import PID_MAX, PRODUCT_FIELDS_MAX, TYPES_MAX, faults, product_field_keys
 from forwarder.record import Record, stream_name
 
 SeverityPreset = Literal["default", "guidance"]
@@ -47,6 +47,7 @@ SEVERITIES: dict[SeverityPreset, tuple[str, ...]] = {
 }
 """Severity label by syslog rank: ours, and that of the AWS guidance for Falco (2024)."""
 
+PRODUCT_VALUE_MAX = 2048
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 _PARTITIONS = frozenset({"aws", "aws-cn", "aws-us-gov", "aws-us-iso", "aws-us-iso-b"})
 """What ``Resources[].Partition`` knows; elsewhere the member is left out."""
@@ -82,7 +83,6 @@ _TACTICS = {
 }
 _MITRE_ID = re.compile(r"(TA\d{4}|T\d{4}(?:\.\d{3})?)(?:-.*)?\Z", re.ASCII)
 _BEHAVIOURS = {"k8s_audit": "User", "aws_cloudtrail": "User"}
-_ABSENT = frozenset({"", "<NA>"})
 _DIRECTIONS = {"connect": "OUT", "sendto": "OUT", "sendmsg": "OUT", "accept": "IN", "accept4": "IN"}
 _CONNECTION = re.compile(r"([\d.]{7,15}):(\d{1,5})->([\d.]{7,15}):(\d{1,5})\Z", re.ASCII)
 
@@ -133,8 +133,14 @@ def encode(record: Record, context: Context) -> bytes:
 
 def build(record: Record, context: Context) -> dict[str, Any]:
     """The finding of a record, as a dictionary in the shape of ``asff_schema.Finding``."""
-    alert = alerts.decode(record.body).alerts[0]
-    fields = _fields(alert)
+    alert = alerts.read(record.body)
+    fields = _fields(alert.output_fields)
+    rule = present(alert.rule)
+    output = present(alert.output) or present(alert.message)
+    source = present(alert.source) or "syscall"
+    hostname = present(alert.hostname)
+    priority = present(alert.priority)
+    tags = tuple(alert.tags) if alert.tags else ()
     seen = iso_milliseconds(record.time_ns)
     taken = iso_milliseconds(record.received_ns)
     container = _container_id(fields)
@@ -144,23 +150,34 @@ def build(record: Record, context: Context) -> dict[str, Any]:
         "ProductArn": context.product_arn,
         "ProductName": "Falco",
         "CompanyName": "Falco",
-        "GeneratorId": cut(f"falco/{alert.rule or 'unknown'}", 512),
+        "GeneratorId": cut(f"falco/{rule or 'unknown'}", 512),
         "AwsAccountId": context.account,
         "CreatedAt": taken,
         "UpdatedAt": taken,
         "FirstObservedAt": seen,
         "LastObservedAt": seen,
-        "Title": cut(alert.rule or alert.output, 256),
-        "Description": cut(alert.output or alert.rule, 1024),
+        "Title": cut(rule or output, 256),
+        "Description": cut(output or rule, 1024),
         "FindingProviderFields": {
             "Severity": {
                 "Label": context.severities[record.priority],
-                "Original": cut(alert.priority or "unknown", 64),
+                "Original": cut(priority or "unknown", 64),
             },
-            "Types": _types(alert.tags, alert.source, bool(container)),
+            "Types": _types(tags, source, bool(container)),
         },
-        "Resources": _resources(alert, fields, container, context),
-        "ProductFields": _product_fields(record, alert, fields, context),
+        "Resources": _resources(hostname, source, fields, container, context),
+        "ProductFields": _product_fields(
+            record,
+            context,
+            fields,
+            {
+                "falco/source": source,
+                "falco/priority": priority,
+                "falco/time": present(alert.time),
+                "falco/hostname": hostname,
+                "falco/tags": ",".join(tags),
+            },
+        ),
         "RecordState": "ACTIVE",
     }
     process = _process(fields)
@@ -169,7 +186,7 @@ def build(record: Record, context: Context) -> dict[str, Any]:
     connection = _connection(fields)
     if connection:
         finding["Action"] = {"ActionType": "NETWORK_CONNECTION", "NetworkConnectionAction": connection}
-    advice = context.remediation.get(alert.rule)
+    advice = context.remediation.get(rule)
     if advice is not None:
         recommendation = {"Text": advice.text and cut(advice.text, 512), "Url": advice.url}
         finding["Remediation"] = {"Recommendation": {k: v for k, v in recommendation.items() if v}}
@@ -183,8 +200,10 @@ def finding_id(record: Record, context: Context) -> str:
 
 def cut(text: str, length_max: int) -> str:
     """``text`` within ``length_max`` UTF-16 units, cut at a character, with an ellipsis."""
-    if len(text) * 2 <= length_max or (len(text) <= length_max and text.isascii()):
+    if len(text) * 2 <= length_max:
         return text
+    if text.isascii():
+        return text if len(text) <= length_max else text[: length_max - 1] + ELLIPSIS
     if len(text.encode("utf-16-le", "replace")) // 2 <= length_max:
         return text
     room = length_max - 1
@@ -196,23 +215,17 @@ def cut(text: str, length_max: int) -> str:
     return text
 
 
-def _fields(alert: Alert) -> dict[str, str]:
+def _fields(members: dict[str, Any] | None) -> dict[str, str]:
     """Falco's output fields as texts, absent ones left out."""
     values: dict[str, str] = {}
-    for key, value in alerts.fields(alert.fields).items():
-        if value is None:
-            continue
-        kind = type(value)
-        if kind is str:
-            text = value
-        elif kind is int:
-            text = str(value)
-        elif kind is bool:
-            text = "true" if value else "false"
-        else:
-            text = alerts.encode(value).decode()
-        if text not in _ABSENT and not text.isspace():
-            values[key] = text
+    for key, value in (members or {}).items():
+        if value.__class__ is str:
+            if value and value != "<NA>" and not value.isspace():
+                values[key] = value
+        elif value.__class__ is int:
+            values[key] = str(value)
+        elif value is not None:
+            values[key] = alerts.encode(value).decode()
     return values
 
 
@@ -243,33 +256,35 @@ def _types(tags: tuple[str, ...], source: str, in_container: bool) -> list[str]:
 
 
 def _resources(
-    alert: Alert, fields: Mapping[str, str], container: str, context: Context
+    hostname: str, source: str, fields: Mapping[str, str], container: str, context: Context
 ) -> list[dict[str, Any]]:
     resources: list[dict[str, Any]] = []
     if container:
         resources.append(_container(fields, container))
-    if alert.hostname:
-        hostname = cut(alert.hostname, 512)
-        resources.append(
-            {"Type": "Other", "Id": hostname, "Details": {"Other": {"hostname": cut(hostname, 1023)}}}
-        )
-    if context.cluster:
-        arn = f"arn:{context.partition}:eks:{context.region}:{context.account}:cluster/{context.cluster}"
+    if hostname:
         resources.append(
             {
-                "Type": "AwsEksCluster",
-                "Id": arn,
-                "Details": {"AwsEksCluster": {"Name": context.cluster, "Arn": arn}},
+                "Type": "Other",
+                "Id": cut(hostname, 512),
+                "Details": {"Other": {"hostname": cut(hostname, 1023)}},
             }
         )
+    if context.cluster:
+        resources.append(dict(_cluster(context.partition, context.region, context.account, context.cluster)))
     if not resources:
-        resources.append({"Type": "Other", "Id": cut(f"falco/{alert.source}", 512)})
+        resources.append({"Type": "Other", "Id": cut(f"falco/{source}", 512)})
     for resource in resources:
         resource["Region"] = context.region
         if context.partition in _PARTITIONS:
             resource["Partition"] = context.partition
     resources[0]["ResourceRole"] = "Target"
     return resources
+
+
+@lru_cache(maxsize=8)
+def _cluster(partition: str, region: str, account: str, name: str) -> dict[str, Any]:
+    arn = f"arn:{partition}:eks:{region}:{account}:cluster/{name}"
+    return {"Type": "AwsEksCluster", "Id": arn, "Details": {"AwsEksCluster": {"Name": name, "Arn": arn}}}
 
 
 def _container(fields: Mapping[str, str], identity: str) -> dict[str, Any]:
@@ -305,34 +320,41 @@ def _container(fields: Mapping[str, str], identity: str) -> dict[str, Any]:
     return resource
 
 
-def _product_fields(record: Record, alert: Alert, fields: dict[str, str], context: Context) -> dict[str, str]:
-    """Our own names first; Falco's fields fill what is left of the 50, the longest dropped first."""
-    ours = {
-        "falco/id": record.id,
-        "falco/priority": cut(alert.priority, 2048),
-        "falco/source": cut(alert.source, 2048),
-        "falco/time": cut(alert.time, 2048),
-        "falco/hostname": cut(alert.hostname, 2048),
-        "falco/tags": cut(",".join(alert.tags), 2048),
-        "falco/cluster": context.cluster,
+def _product_fields(
+    record: Record, context: Context, fields: dict[str, str], own: dict[str, str]
+) -> dict[str, str]:
+    """Our own names win; Falco's fields fill what is left of the 50, the longest dropped first."""
+    ours = {"falco/id": record.id} | {
+        name: cut(text, PRODUCT_VALUE_MAX) for name, text in own.items() if text and not text.isspace()
     }
+    if context.cluster:
+        ours["falco/cluster"] = context.cluster
     if context.log_group:
         ours["falco/log_group"] = context.log_group
-        ours["falco/log_stream"] = stream_name(
-            context.log_stream,
-            replica=context.replica,
-            cluster=context.cluster,
-            hostname=record.hostname,
-            day=iso_milliseconds(record.time_ns)[:10],
-        )
-    product = {key: value for key, value in ours.items() if value}
-    room = PRODUCT_FIELDS_MAX - len(product)
-    kept = fields.items()
+        ours["falco/log_stream"] = _stream(record, context)
+    room = PRODUCT_FIELDS_MAX - len(ours)
     if len(fields) > room:
-        kept = dict(sorted(fields.items(), key=lambda field: len(field[1]))[:room]).items()
-    for key, value in kept:
-        product.setdefault(product_field_key(key), cut(value, 2048))
+        fields = dict(sorted(fields.items(), key=lambda field: len(field[1]))[:room])
+    keys = product_field_keys
+    product = {
+        keys[name]: text if len(text) <= PRODUCT_VALUE_MAX // 2 else cut(text, PRODUCT_VALUE_MAX)
+        for name, text in fields.items()
+    }
+    product.update(ours)
     return product
+
+
+def _stream(record: Record, context: Context) -> str:
+    """Name of the log stream that has the whole alert."""
+    if context.log_stream == "{replica}":
+        return stream_name(context.replica, replica="", cluster="", hostname="", day="")
+    return stream_name(
+        context.log_stream,
+        replica=context.replica,
+        cluster=context.cluster,
+        hostname=record.hostname,
+        day=iso_milliseconds(record.time_ns)[:10],
+    )
 
 
 def _process(fields: Mapping[str, str]) -> dict[str, Any]:

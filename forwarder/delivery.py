@@ -43,7 +43,8 @@ REFUSALS_IN_A_ROW_MAX = 20
 """So many call-level dead letters without one success look like a fault of ours: pause between them."""
 SUSPECTS_MAX = 8
 """So many records without permission and not one accepted: it is not the records."""
-SCAN_RECORDS_MAX = 20_000
+ROUND_BYTES_MAX = 8 << 20
+"""Memory one round may hold, filtered records included."""
 DETAIL_LENGTH_MAX = 1000
 
 log = structlog.get_logger("delivery")
@@ -325,15 +326,11 @@ class Worker:
     async def _collect(self) -> _Round:
         """Read from the cursor on until the batches of one round are full or nothing is left."""
         limits, concurrency = self.sink.limits, max(1, int(self.sink.pace.limit))
-        count_max, bytes_max = limits.records_max * concurrency, limits.bytes_max * concurrency
+        count_max = limits.records_max * concurrency
+        bytes_max = min(limits.bytes_max * concurrency, ROUND_BYTES_MAX)
         current = _Round(self._cursor)
         offset, size = self._cursor, 0
-        while (
-            offset < self._spool.end
-            and size < bytes_max
-            and len(current.items) < count_max
-            and len(current.records) < SCAN_RECORDS_MAX
-        ):
+        while offset < self._spool.end and size < bytes_max and len(current.items) < count_max:
             chunk = await self._spool.read(offset, records_max=count_max, bytes_max=bytes_max - size)
             if chunk.broken or chunk.start > offset:
                 if not current.records:
@@ -345,7 +342,7 @@ class Worker:
         return current
 
     def _take(self, current: _Round, record: Record) -> int:
-        """Decide on one record: filtered, unmappable, settled before, or an item. Returns its size."""
+        """Decide on one record: filtered, unmappable, settled before, or an item. Returns its memory."""
         index = len(current.records)
         current.records.append(record)
         before = self._ahead.get(current.start + index)
@@ -357,8 +354,8 @@ class Worker:
             item = self._encode(current, index)
             if item is not None:
                 current.items.append(item)
-                return item.size_bytes
-        return 0
+                return max(item.size_bytes, record.size_bytes)
+        return record.size_bytes
 
     def _is_filtered(self, record: Record) -> bool:
         if self.sink.findings_only and (record.kind != ALERT or record.internal):

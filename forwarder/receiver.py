@@ -29,7 +29,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from forwarder.alert import encode, iso_milliseconds
 from forwarder.config import setting
-from forwarder.ingest import Answer, Ingest, Outcome
+from forwarder.ingest import STORED, Answer, Ingest, Outcome
 from forwarder.metrics import Metrics
 
 KEEP_ALIVE_SECS = 130.0
@@ -37,6 +37,7 @@ LINGER_SECS = 2.0
 SWEEP_SECS = 1.0
 BACKLOG = 1024
 RETRY_AFTER_SECS = 5
+HTTP_OK = 200
 
 log = structlog.get_logger("receiver")
 
@@ -145,6 +146,7 @@ class Receiver:
         self._rng = rng
         self._now_ns = now_ns
         self._draining = False
+        self._ok = 0
         self._listener: asyncio.Server | None = None
         self.metrics = metrics
         self.port = 0
@@ -163,6 +165,11 @@ class Receiver:
         self.port = self._listener.sockets[0].getsockname()[1]
         self._sweeper = asyncio.create_task(self._sweep(), name="receiver deadlines")
         log.info("receiver listens", host=self._settings.host, port=self.port)
+
+    def publish(self) -> None:
+        """Fold the answers counted since the last time into the metrics."""
+        self.metrics.requests[HTTP_OK].inc(self._ok)
+        self._ok = 0
 
     def drain(self) -> None:
         """Go on accepting, but end each connection with its next answer."""
@@ -235,7 +242,10 @@ class Receiver:
             response.force_close()
             if not self._draining:
                 self.metrics.connections_closed["age"].inc()
-        self.metrics.requests[response.status].inc()
+        if response.status == HTTP_OK:
+            self._ok += 1
+        else:
+            self.metrics.requests[response.status].inc()
         return response
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
@@ -243,18 +253,21 @@ class Receiver:
             return _other_methods(request)
         content = request.content
         refusal = self._refuse_by_header(request)
-        if refusal is None and not content.is_eof():
-            body, refusal = await self._receive(request, content)
-        else:
-            body = content.read_nowait() if refusal is None else b""
-        if refusal is None and len(body) > self._settings.body_bytes_max:
-            refusal = self._too_large()
+        body = b""
+        if refusal is None:
+            if content.is_eof():
+                body = content.read_nowait()
+            else:
+                body, refusal = await self._receive(request, content)
+            if refusal is None and len(body) > self._settings.body_bytes_max:
+                refusal = self._too_large()
         if refusal is not None:
             refusal.force_close()  # the rest is not read, so the connection cannot be used again
             return refusal
         if request.path == "/test":
             body = self._test_alert()
-        return _response(await self._ingest.take(body))
+        answer = await self._ingest.take(body)
+        return web.Response() if answer is STORED else _response(answer)
 
     def _refuse_by_header(self, request: web.BaseRequest) -> web.Response | None:
         if request.headers.get("Content-Encoding", "identity") != "identity":
@@ -319,8 +332,6 @@ def _other_methods(request: web.BaseRequest) -> web.Response:
 
 
 def _response(answer: Answer) -> web.Response:
-    if answer.outcome is Outcome.STORED:
-        return web.Response()
     if answer.outcome is Outcome.UNPARSED:
         return _refusal(400, answer.fault)
     response = _refusal(503, answer.fault or "no room")

@@ -92,6 +92,7 @@ class SpoolFailedError(Exception):
 class _Waiting(NamedTuple):
     records: Sequence[Record]
     dead: Sequence[DeadLetter]
+    size_bytes: int
     done: asyncio.Future[None]
 
 
@@ -200,9 +201,9 @@ class Spool:
 
         """
         done = self._loop.create_future()
-        self._waiting.append(_Waiting(records, dead, done))
-        for record in records:
-            self._waiting_bytes += record.size_bytes
+        size = sum([record.size_bytes for record in records])
+        self._waiting.append(_Waiting(records, dead, size, done))
+        self._waiting_bytes += size
         self._schedule()
         return done
 
@@ -291,14 +292,14 @@ class Spool:
             if index and (count >= COMMIT_RECORDS_MAX or size >= COMMIT_BYTES_MAX):
                 return self._waiting[:index], self._waiting[index:]
             count += len(item.records)
-            size += sum(len(record.body) for record in item.records)
+            size += item.size_bytes
         return self._waiting, []
 
     def _committed(
         self, batch: Batch, waiting: list[_Waiting], settling: list[_Settling], written: Written
     ) -> None:
         self.writer_beat = self._loop.time()
-        raw_bytes = sum(record.size_bytes for record in batch.records)
+        raw_bytes = sum([item.size_bytes for item in waiting])
         self._waiting_bytes -= raw_bytes
         if written.error is None:
             self._stored(batch, written, raw_bytes)
