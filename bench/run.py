@@ -182,7 +182,7 @@ class Bench:
     @staticmethod
     def pending(admin: int) -> int:
         with urllib.request.urlopen(f"http://127.0.0.1:{admin}/status") as answer:
-            return max(sink["pending"] for sink in json.loads(answer.read())["sinks"].values())
+            return max(int(sink["pending"]) for sink in json.loads(answer.read())["sinks"].values())
 
     # ---- scenarios ----------------------------------------------------------------------------------
 

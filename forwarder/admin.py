@@ -17,10 +17,11 @@ import msgspec
 from aiohttp import web
 from prometheus_client import exposition
 
-from forwarder.alert import encode, iso_milliseconds
+from forwarder.alert import encode
 from forwarder.config import setting
 from forwarder.metrics import Metrics
 from forwarder.record import DeadLetter
+from forwarder.timestamp import iso_milliseconds
 
 DEAD_LETTERS_DEFAULT = 100
 DEAD_LETTER_BODY_BYTES_MAX = 65_536

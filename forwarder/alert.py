@@ -17,14 +17,13 @@ order mark and root keys that are ours make a new body.
 
 from __future__ import annotations
 
-import hashlib
 import re
-from datetime import UTC, datetime, timedelta
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
+
+from forwarder.timestamp import time_ns
 
 PRIORITIES = ("Emergency", "Alert", "Critical", "Error", "Warning", "Notice", "Informational", "Debug")
 """Falco's priorities by syslog rank, most severe first."""
@@ -38,8 +37,6 @@ RESERVED_KEYS = frozenset(
 
 ALERTS_PER_BODY_MAX = 10_000
 UUID_LENGTH_MAX = 128
-FALCO_TIME_LENGTH = 30
-"""``2026-11-20T22:58:03.161518126Z``: nine digits of fraction, always."""
 
 _RANK_BY_NAME = {name.lower(): rank for rank, name in enumerate(PRIORITIES)} | {"info": 6}
 _ABSENT = frozenset({"", "<NA>"})
@@ -50,10 +47,6 @@ _TEXT_MODE = re.compile(
     re.IGNORECASE,
 )
 _TEXT_MODE_LINE = re.compile(r"\n(?=" + _TEXT_MODE.pattern + ")", re.IGNORECASE)
-_TIME = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:[.,](\d{1,9})\d*)?\s*(Z|z|[+-]\d\d:?\d\d)?\s*\Z", re.ASCII
-)
-_SECOND = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\Z", re.ASCII)
 _WHITE_SPACE = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
 
@@ -141,7 +134,6 @@ class _Wire(msgspec.Struct, frozen=True):
 _wire = msgspec.json.Decoder(_Wire)
 _members = msgspec.json.Decoder(dict[str, Raw])
 _elements = msgspec.json.Decoder(list[Raw])
-_values = msgspec.json.Decoder(float_hook=str)
 encode = msgspec.json.Encoder().encode
 
 
@@ -176,111 +168,9 @@ def decode(body: bytes) -> Decoded:
     return Decoded(_text(body), replaced)
 
 
-class Spooled(msgspec.Struct, frozen=True):
-    """What a mapping needs of a spooled alert. Absent values are ``""`` or empty."""
-
-    rule: str | None = None
-    priority: str | None = None
-    time: str | None = None
-    source: str | None = None
-    hostname: str | None = None
-    output: str | None = None
-    message: str | None = None
-    tags: list[str] | None = None
-    output_fields: dict[str, Any] | None = None
-    """Integers exact, floats as the text they were sent as."""
-
-
-_spooled = msgspec.json.Decoder(Spooled, float_hook=str)
-
-
-def read(body: bytes) -> Spooled:
-    """The alert of a spooled body, which ``decode`` let pass once; raises ``Unparsable``."""
-    try:
-        return _spooled.decode(body)
-    except (msgspec.MsgspecError, RecursionError):
-        alert = _alert(body)
-        return Spooled(
-            rule=alert.rule,
-            priority=alert.priority,
-            time=alert.time,
-            source=alert.source,
-            hostname=alert.hostname,
-            output=alert.output,
-            tags=list(alert.tags),
-            output_fields=fields(alert.fields),
-        )
-
-
 def present(value: str | None) -> str:
     """``null``, ``""`` and ``"<NA>"`` all mean absent."""
     return "" if value is None or value in _ABSENT else value.strip()
-
-
-def fields(raw: Raw) -> dict[str, Any]:
-    """Members of ``output_fields`` that does not decode at once: what can be read of it, odd values as sent."""
-    try:
-        members = _members.decode(raw)
-    except (msgspec.MsgspecError, RecursionError):
-        return {}
-    values: dict[str, Any] = {}
-    for key, member in members.items():
-        try:
-            values[key] = _values.decode(member)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-            values[key] = bytes(member).decode("utf-8", "replace")
-    return values
-
-
-def digest(body: bytes) -> bytes:
-    """SHA-256 of a body as received: the key of de-duplication, and the root of derived ids."""
-    return hashlib.sha256(body).digest()
-
-
-def time_ns(text: str) -> int | None:
-    """Nanoseconds since 1970 of an RFC 3339 time (fraction of any length, any offset), or None."""
-    if len(text) == FALCO_TIME_LENGTH and text[19] == "." and text[29] == "Z":
-        seconds, fraction = _seconds(text[:19]), text[20:29]
-        if seconds is not None and fraction.isdecimal() and fraction.isascii():
-            return seconds * 1_000_000_000 + int(fraction)
-    return _any_time_ns(text)
-
-
-def _any_time_ns(text: str) -> int | None:
-    match = _TIME.match(text)
-    if match is None:
-        return None
-    day, clock, rest, zone = match.groups()
-    seconds = _seconds(f"{day}T{clock}")
-    if seconds is None:
-        return None
-    if zone and zone not in "Zz":
-        offset = int(zone[1:3]) * 3600 + int(zone[-2:]) * 60
-        seconds -= offset if zone[0] == "+" else -offset
-    return seconds * 1_000_000_000 + (int(rest.ljust(9, "0")) if rest else 0)
-
-
-@lru_cache(maxsize=4096)
-def _seconds(text: str) -> int | None:
-    """Of ``YYYY-MM-DDTHH:MM:SS``; alerts come many to the second."""
-    if _SECOND.match(text) is None:
-        return None
-    try:
-        return int(datetime.fromisoformat(f"{text}+00:00").timestamp())
-    except ValueError:
-        return None
-
-
-def iso_milliseconds(nanoseconds: int) -> str:
-    """``2026-11-20T09:00:00.123Z`` of nanoseconds since 1970, kept within years 1970 to 9999."""
-    seconds, rest = divmod(nanoseconds, 1_000_000_000)
-    return f"{_iso_seconds(seconds)}.{rest // 1_000_000:03d}Z"
-
-
-@lru_cache(maxsize=4096)
-def _iso_seconds(seconds: int) -> str:
-    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=min(max(seconds, 0), 253_402_300_799))
-    return moment.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _object_or_lines(body: bytes) -> list[Alert]:

@@ -25,14 +25,16 @@ from forwarder.admin import Admin, AdminSettings
 from forwarder.aws import Aws, AwsSettings
 from forwarder.config import ConfigError as ConfigError  # noqa: PLC0414 - part of this module's face
 from forwarder.config import load, setting
-from forwarder.delivery import DeliverySettings, Sink, Worker
+from forwarder.contract import Sink
+from forwarder.delivery import DeliverySettings, Worker
 from forwarder.ingest import Ingest
 from forwarder.logs import LogSettings
 from forwarder.metrics import Metrics
 from forwarder.receiver import Receiver, ReceiverSettings
 from forwarder.record import DeadLetter
 from forwarder.sinks import SINKS, sink_class
-from forwarder.spool import Spool, SpoolSettings
+from forwarder.spool import Spool
+from forwarder.spool_settings import SpoolSettings
 
 RESTART_SECS = 1.0
 LAG_PERIOD_SECS = 0.25

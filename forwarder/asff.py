@@ -17,10 +17,13 @@ from functools import lru_cache
 from ipaddress import AddressValueError, IPv4Address
 from typing import Any, Literal, NamedTuple
 
-from forwarder import alert as alerts
-from forwarder.alert import iso_milliseconds, present
-from forwarder.asff_schema import PID_MAX, PRODUCT_FIELDS_MAX, TYPES_MAX, faults, product_field_keys
+from forwarder.alert import encode as json_encode
+from forwarder.alert import present
+from forwarder.alert_fields import read
+from forwarder.asff_schema import PID_MAX, PRODUCT_FIELDS_MAX, faults, product_field_keys
+from forwarder.asff_types import finding_types
 from forwarder.record import Record, stream_name
+from forwarder.timestamp import iso_milliseconds
 
 SeverityPreset = Literal["default", "guidance"]
 SEVERITIES: dict[SeverityPreset, tuple[str, ...]] = {
@@ -52,37 +55,6 @@ ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 _PARTITIONS = frozenset({"aws", "aws-cn", "aws-us-gov", "aws-us-iso", "aws-us-iso-b"})
 """What ``Resources[].Partition`` knows; elsewhere the member is left out."""
 
-_TACTICS = {
-    "mitre_initial_access": "TTPs/Initial Access",
-    "mitre_execution": "TTPs/Execution",
-    "mitre_persistence": "TTPs/Persistence",
-    "mitre_privilege_escalation": "TTPs/Privilege Escalation",
-    "mitre_defense_evasion": "TTPs/Defense Evasion",
-    "mitre_credential_access": "TTPs/Credential Access",
-    "mitre_discovery": "TTPs/Discovery",
-    "mitre_reconnaissance": "TTPs/Discovery",
-    "mitre_lateral_movement": "TTPs/Lateral Movement",
-    "mitre_collection": "TTPs/Collection",
-    "mitre_command_and_control": "TTPs/Command and Control",
-    "mitre_exfiltration": "Effects/Data Exfiltration",
-    "mitre_impact": "Effects/Resource Consumption",
-    "mitre_data_destruction": "Effects/Data Destruction",
-    "TA0043": "TTPs/Discovery",
-    "TA0001": "TTPs/Initial Access",
-    "TA0002": "TTPs/Execution",
-    "TA0003": "TTPs/Persistence",
-    "TA0004": "TTPs/Privilege Escalation",
-    "TA0005": "TTPs/Defense Evasion",
-    "TA0006": "TTPs/Credential Access",
-    "TA0007": "TTPs/Discovery",
-    "TA0008": "TTPs/Lateral Movement",
-    "TA0009": "TTPs/Collection",
-    "TA0011": "TTPs/Command and Control",
-    "TA0010": "Effects/Data Exfiltration",
-    "TA0040": "Effects/Resource Consumption",
-}
-_MITRE_ID = re.compile(r"(TA\d{4}|T\d{4}(?:\.\d{3})?)(?:-.*)?\Z", re.ASCII)
-_BEHAVIOURS = {"k8s_audit": "User", "aws_cloudtrail": "User"}
 _DIRECTIONS = {"connect": "OUT", "sendto": "OUT", "sendmsg": "OUT", "accept": "IN", "accept4": "IN"}
 _CONNECTION = re.compile(r"([\d.]{7,15}):(\d{1,5})->([\d.]{7,15}):(\d{1,5})\Z", re.ASCII)
 
@@ -124,7 +96,7 @@ def encode(record: Record, context: Context) -> bytes:
         UnmappableError: it would not be accepted.
 
     """
-    encoded = alerts.encode(build(record, context))
+    encoded = json_encode(build(record, context))
     fault = faults(encoded)
     if fault:
         raise UnmappableError(fault)
@@ -133,7 +105,7 @@ def encode(record: Record, context: Context) -> bytes:
 
 def build(record: Record, context: Context) -> dict[str, Any]:
     """The finding of a record, as a dictionary in the shape of ``asff_schema.Finding``."""
-    alert = alerts.read(record.body)
+    alert = read(record.body)
     fields = _fields(alert.output_fields)
     rule = present(alert.rule)
     output = present(alert.output) or present(alert.message)
@@ -163,7 +135,7 @@ def build(record: Record, context: Context) -> dict[str, Any]:
                 "Label": context.severities[record.priority],
                 "Original": cut(priority or "unknown", 64),
             },
-            "Types": _types(tags, source, bool(container)),
+            "Types": finding_types(tags, source, bool(container)),
         },
         "Resources": _resources(hostname, source, fields, container, context),
         "ProductFields": _product_fields(
@@ -225,34 +197,13 @@ def _fields(members: dict[str, Any] | None) -> dict[str, str]:
         elif value.__class__ is int:
             values[key] = str(value)
         elif value is not None:
-            values[key] = alerts.encode(value).decode()
+            values[key] = json_encode(value).decode()
     return values
 
 
 def _container_id(fields: Mapping[str, str]) -> str:
     identity = fields.get("container.full_id") or fields.get("container.id") or ""
     return "" if identity == "host" else identity
-
-
-@lru_cache(maxsize=2048)
-def _types(tags: tuple[str, ...], source: str, in_container: bool) -> list[str]:
-    tactics: dict[str, None] = {}
-    techniques: dict[str, None] = {}
-    for tag in tags:
-        match = _MITRE_ID.match(tag)
-        identity = match.group(1) if match else tag
-        if identity in _TACTICS:
-            tactics[_TACTICS[identity]] = None
-        elif match:
-            techniques[identity] = None
-    if len(tactics) == 1 and techniques:
-        (tactic,) = tactics
-        return [f"{tactic}/{technique}" for technique in techniques][:TYPES_MAX]
-    if tactics:
-        return list(tactics)[:TYPES_MAX]
-    if source.startswith("syscall"):
-        return ["Unusual Behaviors/Container" if in_container else "Unusual Behaviors/Process"]
-    return [f"Unusual Behaviors/{_BEHAVIOURS.get(source, 'Application')}"]
 
 
 def _resources(

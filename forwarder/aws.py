@@ -28,7 +28,7 @@ from aiobotocore.session import AioSession
 
 from forwarder import __version__
 from forwarder.config import setting
-from forwarder.delivery import Blocked, DeliveryError, Permanent, Permission, TooLarge, Transient
+from forwarder.contract import Blocked, DeliveryError, Permanent, Permission, TooLarge, Transient
 
 CONNECT_SECS_MAX, READ_SECS_MAX = 3.0, 20.0
 CONNECTIONS_MAX = 16

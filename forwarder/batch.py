@@ -33,7 +33,11 @@ class Item(msgspec.Struct, frozen=True):
     size_bytes: int
     """What it counts against ``Limits.bytes_max``, overhead included."""
     order: int = 0
+    """What the service sorts by: milliseconds, where it sorts at all."""
     partition: str = ""
+    """What a batch must have in common: the log stream."""
+    key: str = ""
+    """The service's own identity of the record, by which it names a refused one."""
     truncated: bool = False
     adjusted: bool = False
 

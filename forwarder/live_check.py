@@ -11,11 +11,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from forwarder.alert import encode, iso_milliseconds
+from forwarder.alert import encode
 from forwarder.app import Settings, enabled_sinks
 from forwarder.aws import Aws
-from forwarder.delivery import Blocked, DeliveryError, Permanent, Permission
+from forwarder.contract import Blocked, DeliveryError, Permanent, Permission
 from forwarder.sinks.cloudwatch_logs import role_of
+from forwarder.timestamp import iso_milliseconds
 
 TEST_STREAM = "falco-forwarder-check"
 

@@ -27,10 +27,11 @@ import structlog
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from forwarder.alert import encode, iso_milliseconds
+from forwarder.alert import encode
 from forwarder.config import setting
 from forwarder.ingest import STORED, Answer, Ingest, Outcome
 from forwarder.metrics import Metrics
+from forwarder.timestamp import iso_milliseconds
 
 KEEP_ALIVE_SECS = 130.0
 LINGER_SECS = 2.0

@@ -21,21 +21,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 import sqlite3
-import threading
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import NamedTuple
 
-import msgspec
 import structlog
 
-from forwarder.config import setting
 from forwarder.metrics import Metrics
 from forwarder.record import DeadLetter, Record
+from forwarder.spool_settings import SpoolSettings
 from forwarder.spool_store import Batch, Chunk, Store, Written
+from forwarder.spool_tail import Tail
+from forwarder.spool_writer import Writer
 
 TAIL_BYTES_MAX = 4 << 20
 COMMIT_RECORDS_MAX = 1024
@@ -47,38 +45,7 @@ FILL_WARN, FILL_SHED = 0.8, 0.9
 SHED_RANK = 6
 """From 90 % on, Informational (6) and Debug (7) are refused."""
 
-T = TypeVar("T")
 log = structlog.get_logger("spool")
-
-
-class SpoolSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of the spool."""
-
-    directory: Annotated[str, setting("Where the spool lives. One directory per replica.", min_length=1)] = (
-        "/var/lib/falco-forwarder"
-    )
-    bytes_max: Annotated[
-        int,
-        setting(
-            "Quota for waiting alerts and dead letters. Leave a quarter of the volume free.",
-            unit="bytes",
-            ge=1 << 20,
-        ),
-    ] = 1 << 30
-    sync: Annotated[
-        Literal["full", "normal"],
-        setting(
-            "`full` syncs before every answer and survives a power cut; `normal` survives a killed process, "
-            "not a lost node: only for volumes a lost node takes with it anyway."
-        ),
-    ] = "full"
-    dead_letter_retention_days: Annotated[
-        int, setting("How long dead letters are kept.", unit="days", ge=1, le=3650)
-    ] = 30
-    unparsed_bytes_max: Annotated[
-        int,
-        setting("Room for bodies nobody could read; the oldest go first.", unit="bytes", ge=1 << 16),
-    ] = 64 << 20
 
 
 class SpoolFullError(Exception):
@@ -125,15 +92,13 @@ class Spool:
             dead_retention_secs=settings.dead_letter_retention_days * 86400,
             unparsed_bytes_max=settings.unparsed_bytes_max,
         )
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._writer = Writer()
         self._waiting: list[_Waiting] = []
         self._settling: list[_Settling] = []
         self._committing = False
         self._arrivals: list[tuple[int, asyncio.Future[None]]] = []
         self._room: list[asyncio.Future[None]] = []
-        self._tail: dict[int, list[Record]] = {}
-        self._tail_starts: list[int] = []
-        self._tail_bytes = 0
+        self._tail = Tail(TAIL_BYTES_MAX)
         self._average_bytes = 1500.0
         self._waiting_bytes = 0
         self._closed = False
@@ -147,20 +112,17 @@ class Spool:
         self.dead: dict[str, int] = {}
         self.failure = ""
         """Why the volume does not take writes, or nothing."""
-        self.writer_beat = 0.0
-        """Loop time at which the writer thread last finished something."""
 
     # ---- life ---------------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Open the directory; raises ``SpoolUnusableError`` with a message for the operator."""
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._write_loop, name="spool-writer", daemon=True)
-        self._thread.start()
+        self._writer.start()
         try:
-            state = await self._run(lambda: self._store.open(self._sinks))
+            state = await self._writer.run(lambda: self._store.open(self._sinks))
         except BaseException:
-            self._jobs.put(None)
+            self._writer.stop()
             raise
         self.end, self.used_bytes, self.events = state.end, state.used_bytes, state.records
         self.cursors, self.dead = state.cursors, dict(state.dead)
@@ -178,10 +140,15 @@ class Spool:
         self._housekeeper.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._housekeeper
-        await self._run(self._store.close)
-        self._jobs.put(None)
+        await self._writer.run(self._store.close)
+        self._writer.stop()
 
     # ---- writing ------------------------------------------------------------------------------------
+
+    @property
+    def writer_beat(self) -> float:
+        """Loop time at which the writer thread last finished something."""
+        return self._writer.beat
 
     @property
     def fill(self) -> float:
@@ -245,9 +212,10 @@ class Spool:
 
     async def read(self, offset: int, *, records_max: int, bytes_max: int) -> Chunk:
         """Records from ``offset``: at least one if ``offset < end``, until a limit is passed."""
-        if self._tail_starts and offset >= self._tail_starts[0]:
-            return self._read_tail(offset, records_max, bytes_max)
-        chunk = await self._run(
+        recent = self._tail.read(offset, records_max=records_max, bytes_max=bytes_max)
+        if recent is not None:
+            return Chunk(offset, offset + len(recent), recent, 0)
+        chunk = await self._writer.run(
             lambda: self._store.read(offset, records_max=records_max, bytes_max=bytes_max)
         )
         if chunk.broken:
@@ -256,7 +224,7 @@ class Spool:
 
     async def dead_letters(self, before: int, limit: int) -> list[tuple[int, DeadLetter]]:
         """Newest dead letters first, numbers below ``before``."""
-        return await self._run(lambda: self._store.dead_letters(before, limit))
+        return await self._writer.run(lambda: self._store.dead_letters(before, limit))
 
     def pending(self, sink: str) -> int:
         """Records the sink has not settled."""
@@ -282,9 +250,9 @@ class Spool:
 
         def job() -> None:
             written = self._store.write(batch, now)
-            self._call_loop(self._committed, batch, waiting, settling, written)
+            self._writer.call_loop(self._committed, batch, waiting, settling, written)
 
-        self._jobs.put(job)
+        self._writer.put(job)
 
     def _take(self) -> tuple[list[_Waiting], list[_Waiting]]:
         count = size = 0
@@ -298,7 +266,6 @@ class Spool:
     def _committed(
         self, batch: Batch, waiting: list[_Waiting], settling: list[_Settling], written: Written
     ) -> None:
-        self.writer_beat = self._loop.time()
         raw_bytes = sum([item.size_bytes for item in waiting])
         self._waiting_bytes -= raw_bytes
         if written.error is None:
@@ -331,12 +298,7 @@ class Spool:
         self.events += count
         self._metrics.commit_batch.observe(count)
         self._average_bytes += 0.05 * (raw_bytes / count - self._average_bytes)
-        self._tail[written.first] = batch.records
-        self._tail_starts.append(written.first)
-        self._tail_bytes += raw_bytes
-        while self._tail_bytes > TAIL_BYTES_MAX and len(self._tail_starts) > 1:
-            gone = self._tail.pop(self._tail_starts.pop(0))
-            self._tail_bytes -= sum(record.size_bytes for record in gone)
+        self._tail.add(written.first, batch.records, raw_bytes)
         self.end = written.first + count
         if self._arrivals:
             due = [waiter for offset, waiter in self._arrivals if offset < self.end]
@@ -363,20 +325,6 @@ class Spool:
         for letter in letters:
             self.dead[letter.sink] = self.dead.get(letter.sink, 0) + 1
 
-    def _read_tail(self, offset: int, records_max: int, bytes_max: int) -> Chunk:
-        index = bisect_right(self._tail_starts, offset) - 1
-        records: list[Record] = []
-        size = 0
-        start = offset
-        while index < len(self._tail_starts) and size < bytes_max and len(records) < records_max:
-            first = self._tail_starts[index]
-            block = self._tail[first]
-            block = block[offset - first :] if first < offset else block
-            records += block
-            size += sum(record.size_bytes for record in block)
-            index += 1
-        return Chunk(start, start + len(records), records, 0)
-
     async def _housekeep(self) -> None:
         elapsed = 0.0
         while True:
@@ -396,12 +344,12 @@ class Spool:
 
     async def _round(self, *, expire: bool) -> None:
         if self.failure:
-            await self._run(self._store.probe)
+            await self._writer.run(self._store.probe)
             log.info("spool can be written again")
             self.failure = ""
         now = self._now()
         while True:
-            done = await self._run(lambda: self._store.housekeep(now, expire=expire))
+            done = await self._writer.run(lambda: self._store.housekeep(now, expire=expire))
             self.used_bytes -= done.freed_bytes
             self.events -= done.freed_records
             if not done.freed_records:
@@ -430,34 +378,3 @@ class Spool:
         if nearly_full and not self._warned:
             log.warning("spool is filling up", used_bytes=self.used_bytes, limit_bytes=self.limit_bytes)
         self._warned = nearly_full
-
-    async def _run(self, function: Callable[[], T]) -> T:
-        done: asyncio.Future[T] = self._loop.create_future()
-
-        def finish(result: T | None, error: BaseException | None) -> None:
-            self.writer_beat = self._loop.time()
-            if done.done():
-                return
-            if error is not None:
-                done.set_exception(error)
-            else:
-                done.set_result(result)  # type: ignore[arg-type]
-
-        def job() -> None:
-            try:
-                result = function()
-            except BaseException as error:  # noqa: BLE001 - carried to whoever waits
-                self._call_loop(finish, None, error)
-            else:
-                self._call_loop(finish, result, None)
-
-        self._jobs.put(job)
-        return await done
-
-    def _call_loop(self, callback: Callable[..., Any], *values: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(callback, *values)
-
-    def _write_loop(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from forwarder.batch import Item, Limits
-from forwarder.delivery import Reject
+from forwarder.contract import Reject
 from forwarder.pace import Pace
 from forwarder.record import Record
 from forwarder.spool import Spool
@@ -28,7 +28,7 @@ class InlineJobs:
 
 def inline(spool: Spool) -> Spool:
     """A spool whose disk takes no simulated time."""
-    spool._jobs = InlineJobs()  # type: ignore[assignment]
+    spool._writer._jobs = InlineJobs()  # type: ignore[assignment]
     return spool
 
 

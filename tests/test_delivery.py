@@ -12,25 +12,20 @@ from pathlib import Path
 import pytest
 
 from forwarder.batch import Limits
+from forwarder.contract import Again, Blocked, Permanent, Permission, Reject, TooLarge, Transient
 from forwarder.delivery import (
     BACKOFF_MAX_SECS,
-    LIMITED_ATTEMPTS_MAX,
     PROBE_SECS,
     REFUSALS_IN_A_ROW_MAX,
     SUSPECTS_MAX,
-    Again,
-    Blocked,
     DeliverySettings,
-    Permanent,
-    Permission,
-    Reject,
-    TooLarge,
-    Transient,
     Worker,
 )
+from forwarder.delivery_round import LIMITED_ATTEMPTS_MAX
 from forwarder.metrics import Metrics
 from forwarder.record import TEXT, UNPARSED, Record
-from forwarder.spool import Spool, SpoolSettings
+from forwarder.spool import Spool
+from forwarder.spool_settings import SpoolSettings
 from tests.scripted import Answer, ScriptedSink, inline
 from tests.test_spool_store import flip_block
 

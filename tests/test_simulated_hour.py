@@ -14,10 +14,12 @@ import pytest
 import structlog
 
 from forwarder.batch import Item, Limits
-from forwarder.delivery import DeliverySettings, Reject, Transient, Worker
+from forwarder.contract import Reject, Transient
+from forwarder.delivery import DeliverySettings, Worker
 from forwarder.metrics import Metrics
 from forwarder.record import Record
-from forwarder.spool import Spool, SpoolSettings
+from forwarder.spool import Spool
+from forwarder.spool_settings import SpoolSettings
 from tests.scripted import ScriptedSink, inline
 
 HOUR_SECS, PER_SEC = 3600, 200

@@ -17,8 +17,8 @@ from forwarder.spool import (
     Spool,
     SpoolFailedError,
     SpoolFullError,
-    SpoolSettings,
 )
+from forwarder.spool_settings import SpoolSettings
 from forwarder.spool_schema import SpoolUnusableError
 from forwarder.spool_store import Batch, Written
 from tests.test_spool_store import flip_block, record
@@ -82,7 +82,7 @@ async def test_the_tail_is_bounded_and_older_records_come_from_disk(spool: Spool
     size = 200_000
     for number in range(3 * TAIL_BYTES_MAX // size):
         await spool.append([record(number, size)])
-    assert spool._tail_bytes <= TAIL_BYTES_MAX + size + 1000
+    assert spool._tail.size_bytes <= TAIL_BYTES_MAX + size + 1000
     first = await spool.read(0, records_max=1, bytes_max=1)
     last = await spool.read(spool.end - 1, records_max=1, bytes_max=1)
     assert first.records == [record(0, size)]
@@ -217,8 +217,8 @@ async def test_open_reports_an_unusable_directory_and_leaves_no_thread(tmp_path:
     second = make(tmp_path)
     with pytest.raises(SpoolUnusableError):
         await second.open()
-    second._thread.join(5)
-    assert not second._thread.is_alive()
+    second._writer._thread.join(5)
+    assert not second._writer._thread.is_alive()
     await first.close()
 
 

@@ -23,13 +23,14 @@ from msgspec import Raw
 
 from forwarder import __version__
 from forwarder.alert import encode as json_encode
-from forwarder.alert import iso_milliseconds, rank
+from forwarder.alert import rank
 from forwarder.aws import Aws, Role
 from forwarder.batch import Item, Limits
 from forwarder.config import PriorityName, setting
-from forwarder.delivery import Again, DeliveryError, Permanent, Permission, Reject, Transient
+from forwarder.contract import Again, DeliveryError, Permanent, Permission, Reject, Transient
 from forwarder.pace import Pace
 from forwarder.record import UNPARSED, Record, stream_name
+from forwarder.timestamp import iso_milliseconds
 
 EVENT_OVERHEAD_BYTES = 26
 CALL_BYTES_MAX = 1_000_000

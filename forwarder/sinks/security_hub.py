@@ -20,7 +20,7 @@ from forwarder.asff import SEVERITIES, Advice, Context, SeverityPreset
 from forwarder.aws import Aws, Role
 from forwarder.batch import Item, Limits
 from forwarder.config import PriorityName, setting
-from forwarder.delivery import Again, Reject, Transient
+from forwarder.contract import Again, Reject, Transient
 from forwarder.pace import Pace
 from forwarder.record import Record
 
@@ -140,7 +140,8 @@ class SecurityHub:
             data = asff.encode(record, self._context)
         except asff.UnmappableError as error:
             raise Reject("unmappable", str(error)) from error
-        return Item(index=index, data=data, size_bytes=len(data) + 1)
+        key = asff.finding_id(record, self._context)
+        return Item(index=index, data=data, size_bytes=len(data) + 1, key=key)
 
     async def deliver(self, items: Sequence[Item]) -> dict[int, Reject]:
         """BatchImportFindings; refused findings by position."""
@@ -162,19 +163,8 @@ def _by_id(items: Sequence[Item]) -> dict[str, list[int]]:
     """Positions of each finding Id. Two alerts of one sender uuid in one call: the later one stands for both."""
     positions: dict[str, list[int]] = {}
     for place, item in enumerate(items):
-        positions.setdefault(_finding_id(item.data), []).append(place)
+        positions.setdefault(item.key, []).append(place)
     return positions
-
-
-class _Identity(msgspec.Struct):
-    Id: str
-
-
-_identity = msgspec.json.Decoder(_Identity)
-
-
-def _finding_id(data: bytes) -> str:
-    return _identity.decode(data).Id
 
 
 def _classify(failed: Mapping[str, str]) -> Reject:
