@@ -69,7 +69,7 @@ def metrics() -> str:
         "    received = stored + duplicate + unparsed + discarded",
         "    recovered + stored = filtered + delivered + dead-lettered + pending      (for each sink)",
         "",
-        "(`pending` and `recovered` count unparsable bodies too, which log sinks also deliver.)",
+        "Unparsable bodies are no alerts; log sinks send them on and count them apart.",
         "",
         "| metric | type | labels | meaning |",
         "|---|---|---|---|",

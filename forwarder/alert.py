@@ -233,7 +233,7 @@ def _alert(body: bytes) -> Alert:
         wire.time,
         wire.source,
         wire.hostname,
-        wire.output or wire.message,
+        present(wire.output) or wire.message,
         tuple(tags) if tags else (),
         wire.uuid,
         wire.output_fields,
@@ -260,7 +260,7 @@ def _tolerant(body: bytes) -> Alert:
         read["time"],
         read["source"],
         read["hostname"],
-        read["output"] or _scalar(members.get("message")),
+        present(read["output"]) or _scalar(members.get("message")),
         _tags(members.get("tags")),
         read["uuid"],
         members.get("output_fields", Raw(b"null")),
@@ -315,7 +315,10 @@ def _text(body: bytes) -> list[Alert]:
     text = body.decode()
     if not _TEXT_MODE.match(text):
         raise Unparsable("neither a JSON object nor Falco's text form")
-    return [_text_alert(part.strip()) for part in _TEXT_MODE_LINE.split(text)[::2]]
+    parts = _TEXT_MODE_LINE.split(text)[::2]
+    if len(parts) > ALERTS_PER_BODY_MAX:
+        raise Unparsable(f"more than {ALERTS_PER_BODY_MAX} alerts in one body")
+    return [_text_alert(part.strip()) for part in parts]
 
 
 def _text_alert(line: str) -> Alert:

@@ -51,7 +51,7 @@ class ClusterSettings(msgspec.Struct, frozen=True, kw_only=True):
         str,
         setting(
             "Name of the (EKS) cluster the alerts come from: part of every event and finding Id.",
-            pattern=r"^([0-9A-Za-z][A-Za-z0-9_-]{0,99})?$",
+            pattern=r"^([0-9A-Za-z][A-Za-z0-9_-]{0,99})?\Z",
         ),
     ] = ""
 
@@ -233,7 +233,7 @@ class Application:
             "spool": {
                 "alerts": self.spool.events,
                 "bytes": self.spool.used_bytes,
-                "bytes_max": self.settings.spool.bytes_max,
+                "bytes_max": self.spool.bytes_max,
                 "oldest_secs": round(max(0.0, self._now() - min(oldest)), 1) if oldest else 0.0,
                 "sync": self.settings.spool.sync,
                 "dead_letters": self.spool.dead,
@@ -244,6 +244,7 @@ class Application:
     def publish(self) -> None:
         self.ingest.publish()
         self.receiver.publish()
+        self.spool.publish()
         for worker in self.workers:
             worker.publish()
         self.metrics.ready.set(not self.ready())

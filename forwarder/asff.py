@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 from forwarder.alert import encode as json_encode
 from forwarder.alert import present
 from forwarder.alert_fields import read
-from forwarder.asff_schema import PID_MAX, PRODUCT_FIELDS_MAX, faults, product_field_keys
+from forwarder.asff_schema import FINDING_BYTES_MAX, PID_MAX, PRODUCT_FIELDS_MAX, faults, product_field_keys
 from forwarder.asff_types import finding_types
 from forwarder.record import Record, stream_name
 from forwarder.timestamp import iso_milliseconds
@@ -51,6 +51,8 @@ SEVERITIES: dict[SeverityPreset, tuple[str, ...]] = {
 """Severity label by syslog rank: ours, and that of the AWS guidance for Falco (2024)."""
 
 PRODUCT_VALUE_MAX = 2048
+SHORTER_VALUES = (1024, 512, 256)
+"""Tried in turn where escapes and wide characters make a finding larger than the service takes."""
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 _PARTITIONS = frozenset({"aws", "aws-cn", "aws-us-gov", "aws-us-iso", "aws-us-iso-b"})
 """What ``Resources[].Partition`` knows; elsewhere the member is left out."""
@@ -97,13 +99,17 @@ def encode(record: Record, context: Context) -> bytes:
 
     """
     encoded = json_encode(build(record, context))
+    for value_max in SHORTER_VALUES:
+        if len(encoded) <= FINDING_BYTES_MAX:
+            break
+        encoded = json_encode(build(record, context, value_max=value_max))
     fault = faults(encoded)
     if fault:
         raise UnmappableError(fault)
     return encoded
 
 
-def build(record: Record, context: Context) -> dict[str, Any]:
+def build(record: Record, context: Context, *, value_max: int = PRODUCT_VALUE_MAX) -> dict[str, Any]:
     """The finding of a record, as a dictionary in the shape of ``asff_schema.Finding``."""
     alert = read(record.body)
     fields = _fields(alert.output_fields)
@@ -149,6 +155,7 @@ def build(record: Record, context: Context) -> dict[str, Any]:
                 "falco/hostname": hostname,
                 "falco/tags": ",".join(tags),
             },
+            value_max,
         ),
         "RecordState": "ACTIVE",
     }
@@ -272,11 +279,11 @@ def _container(fields: Mapping[str, str], identity: str) -> dict[str, Any]:
 
 
 def _product_fields(
-    record: Record, context: Context, fields: dict[str, str], own: dict[str, str]
+    record: Record, context: Context, fields: dict[str, str], own: dict[str, str], value_max: int
 ) -> dict[str, str]:
     """Our own names win; Falco's fields fill what is left of the 50, the longest dropped first."""
     ours = {"falco/id": record.id} | {
-        name: cut(text, PRODUCT_VALUE_MAX) for name, text in own.items() if text and not text.isspace()
+        name: cut(text, value_max) for name, text in own.items() if text and not text.isspace()
     }
     if context.cluster:
         ours["falco/cluster"] = context.cluster
@@ -288,7 +295,7 @@ def _product_fields(
         fields = dict(sorted(fields.items(), key=lambda field: len(field[1]))[:room])
     keys = product_field_keys
     product = {
-        keys[name]: text if len(text) <= PRODUCT_VALUE_MAX // 2 else cut(text, PRODUCT_VALUE_MAX)
+        keys[name]: text if len(text) <= value_max // 2 else cut(text, value_max)
         for name, text in fields.items()
     }
     product.update(ours)

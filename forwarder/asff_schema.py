@@ -23,6 +23,7 @@ RESOURCES_MAX = 32
 TYPES_MAX = 50
 PID_MAX = 2_147_483_647
 KEYS_MAX = 4096
+KEY_NAME_MAX = 122
 
 _NAMESPACES = (
     "Software and Configuration Checks|TTPs|Effects|Unusual Behaviors|Sensitive Data Identifications"
@@ -192,9 +193,11 @@ class _ProductFieldKeys(dict[str, str]):
     """
 
     def __missing__(self, name: str) -> str:
-        if len(self) >= KEYS_MAX:
-            self.clear()
-        key = self[name] = "falco/" + _key_character.sub("_", name)[:122]
+        key = "falco/" + _key_character.sub("_", name[:KEY_NAME_MAX])
+        if len(name) <= KEY_NAME_MAX:
+            if len(self) >= KEYS_MAX:
+                self.clear()
+            self[name] = key
         return key
 
 

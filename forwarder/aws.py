@@ -12,6 +12,7 @@ AWS_ACCESS_KEY_ID, IRSA (AWS_ROLE_ARN + AWS_WEB_IDENTITY_TOKEN_FILE), EKS Pod Id
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
@@ -66,6 +67,15 @@ _CREDENTIALS = frozenset(
         "UnrecognizedClientException",
     }
 )
+_PARTITIONS = {
+    "cn-": "aws-cn",
+    "us-gov-": "aws-us-gov",
+    "us-isob-": "aws-iso-b",
+    "us-iso-": "aws-iso",
+    "eusc-": "aws-eusc",
+}
+_STS = frozenset({"AssumeRole", "AssumeRoleWithWebIdentity", "GetCallerIdentity"})
+"""Made on the way to a call: whatever they say, it is about our credentials, not about an alert."""
 _PERMISSION = frozenset({"AccessDenied", "AccessDeniedException", "UnauthorizedOperation"})
 _DISABLED = frozenset({"InvalidAccessException", "OptInRequired", "SubscriptionRequiredException"})
 _CREDENTIAL_ERRORS = (
@@ -95,7 +105,7 @@ class AwsSettings(msgspec.Struct, frozen=True, kw_only=True):
         str,
         setting(
             "Account of the findings; the caller's (STS GetCallerIdentity) where it is empty.",
-            pattern=r"^(\d{12})?$",
+            pattern=r"^([0-9]{12})?\Z",
         ),
     ] = ""
 
@@ -121,36 +131,51 @@ def region_of(settings: AwsSettings, environment: Mapping[str, str]) -> str:
     return settings.region or environment.get("AWS_REGION", "") or environment.get("AWS_DEFAULT_REGION", "")
 
 
+class Client:
+    """One service as one role. Its SDK client may have to be made again: without credentials it never looks twice."""
+
+    def __init__(self, service: str, role: Role | None) -> None:
+        self.service = service
+        self.role = role
+        self.sdk: Any = None
+        self.stack = contextlib.AsyncExitStack()
+
+
 class Aws:
     """Clients and identity. One per application; nothing happens before ``open_clients``."""
 
     def __init__(self, settings: AwsSettings, *, validate: bool = False) -> None:
         """``validate`` lets the SDK check parameters too: on in tests, off in production."""
-        self._settings = settings
         self._validate = validate
-        self._stack = contextlib.AsyncExitStack()
-        self._session = AioSession()
-        self._clients: dict[tuple[str, Role | None], Any] = {}
+        self._clients: dict[tuple[str, Role | None], Client] = {}
+        self._making = asyncio.Lock()
         self.region = region_of(settings, os.environ)
         self.known_account = settings.account_id
         """The caller's account, once it is known."""
 
     async def open_clients(self, wanted: list[tuple[str, Role | None]]) -> None:
-        """Create the clients the sinks will ask for; makes no call."""
+        """Make the clients the sinks will ask for. What fails now (no credentials yet) is made when it is used."""
         for service, role in [*wanted, ("sts", None)]:
             if (service, role) not in self._clients:
-                self._clients[service, role] = await self._create(service, role)
+                client = self._clients[service, role] = Client(service, role)
+                with contextlib.suppress(DeliveryError):
+                    await self._ready(client)
 
     async def close(self) -> None:
-        await self._stack.aclose()
+        for client in self._clients.values():
+            await client.stack.aclose()
 
-    def client(self, service: str, role: Role | None = None) -> Any:
-        """A client made by ``open_clients``."""
+    def client(self, service: str, role: Role | None = None) -> Client:
+        """A client named to ``open_clients`` before."""
         return self._clients[service, role]
 
     def partition(self) -> str:
         """``aws``, ``aws-cn``, ``aws-us-gov`` ... of the region."""
-        return str(self._clients["sts", None].meta.partition)
+        made = self._clients["sts", None].sdk
+        if made is not None:
+            return str(made.meta.partition)
+        # Not one client could be made yet: by the region's name, as the SDK's own tables have it.
+        return next((name for prefix, name in _PARTITIONS.items() if self.region.startswith(prefix)), "aws")
 
     async def account(self, role: Role | None = None) -> str:
         """Account whose credentials make the calls; raises ``DeliveryError``."""
@@ -161,26 +186,42 @@ class Aws:
             self.known_account = str(identity["Account"])
         return self.known_account
 
-    async def call(self, client: Any, method: str, body: bytes | None = None, **parameters: Any) -> Any:
+    async def call(self, client: Client, method: str, body: bytes | None = None, **parameters: Any) -> Any:
         """One call; ``body`` replaces what the SDK would serialise. Raises ``DeliveryError``."""
+        made = await self._ready(client)
         if body is not None and self._validate:
             parameters = msgspec.json.decode(body)
         token = _body.set(body)
         try:
-            return await getattr(client, method)(**parameters)
+            return await getattr(made, method)(**parameters)
+        except sdk.NoCredentialsError as error:
+            await client.stack.aclose()
+            client.sdk = None
+            raise translate(error) from error
         except Exception as error:
             raise translate(error) from error
         finally:
             _body.reset(token)
 
-    async def _create(self, service: str, role: Role | None) -> Any:
-        session: Any = self._session if role is None else await self._assumed(role)
-        client = await self._stack.enter_async_context(
-            session.create_client(service, region_name=self.region, config=self._client_config())
+    async def _ready(self, client: Client) -> Any:
+        """The SDK client, made where there is none."""
+        if client.sdk is None:
+            async with self._making:
+                if client.sdk is None:
+                    try:
+                        client.sdk = await self._create(client)
+                    except Exception as error:
+                        raise translate(error) from error
+        return client.sdk
+
+    async def _create(self, client: Client) -> Any:
+        session: Any = AioSession() if client.role is None else await self._assumed(client.role)
+        made = await client.stack.enter_async_context(
+            session.create_client(client.service, region_name=self.region, config=self._client_config())
         )
-        client.meta.events.register("before-call.cloudwatch-logs.PutLogEvents", _swap_body)
-        client.meta.events.register("before-call.securityhub.BatchImportFindings", _swap_body)
-        return client
+        made.meta.events.register("before-call.cloudwatch-logs.PutLogEvents", _swap_body)
+        made.meta.events.register("before-call.securityhub.BatchImportFindings", _swap_body)
+        return made
 
     def _client_config(self) -> AioConfig:
         return AioConfig(
@@ -195,13 +236,13 @@ class Aws:
 
     async def _assumed(self, role: Role) -> Any:
         """A session whose credentials come from AssumeRole and refresh themselves."""
-        source: Any = await self._session.get_credentials()
+        parent: Any = AioSession()
+        source: Any = await parent.get_credentials()
+        if source is None:
+            raise sdk.NoCredentialsError
         extra = {"RoleSessionName": "falco-aws-forwarder"}
         if role.external_id:
             extra["ExternalId"] = role.external_id
-
-        session: Any = AioSession()
-        parent: Any = self._session
 
         def sts(service: str, **keys: Any) -> Any:
             # The fetcher asks for a client of the global endpoint; ours is regional, as everything else.
@@ -209,11 +250,9 @@ class Aws:
             return parent.create_client(service, config=self._client_config(), **keys)
 
         fetcher = AioAssumeRoleCredentialFetcher(
-            client_creator=sts,
-            source_credentials=source,
-            role_arn=role.arn,
-            extra_args=extra,
+            client_creator=sts, source_credentials=source, role_arn=role.arn, extra_args=extra
         )
+        session: Any = AioSession()
         session._credentials = AioDeferredRefreshableCredentials(  # noqa: SLF001 - the SDK offers no other way
             method="assume-role", refresh_using=fetcher.fetch_credentials
         )
@@ -254,10 +293,10 @@ def _translate_answer(error: sdk.ClientError) -> DeliveryError:  # noqa: PLR0911
     text = f"{code}: {message}"
     if code in _THROTTLES or status == 429:  # noqa: PLR2004
         return Transient(text, code="throttled", delay_secs=delay)
-    if code in _CREDENTIALS:
-        return Transient(text, code="credentials")
     if code in _PERMISSION:
         return Permission(text)
+    if code in _CREDENTIALS or (error.operation_name in _STS and status < 500):  # noqa: PLR2004
+        return Transient(text, code="credentials")
     if code in _DISABLED:
         return Blocked(text)
     if code == "ResourceNotFoundException":

@@ -139,7 +139,7 @@ def _read(path: Path, faults: list[Fault]) -> dict[str, Any]:
         faults.append(Fault(str(path), f"cannot be read: {error.strerror or error}"))
     except UnicodeDecodeError as error:
         faults.append(Fault(str(path), f"is not UTF-8 text (byte {error.start})"))
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         faults.append(Fault(str(path), f"is not valid YAML: {' '.join(str(error).split())}"))
     else:
         if data is None:
@@ -166,8 +166,8 @@ def _merge_environment(
         if types[key] is not str:
             try:
                 value = _parse_yaml(value)
-            except yaml.YAMLError:
-                faults.append(Fault(name, f"is not valid YAML: {value!r}"))
+            except (yaml.YAMLError, ValueError, RecursionError):
+                faults.append(Fault(name, f"is not valid YAML: {value[:80]!r}"))
                 continue
         *sections, leaf = key.split(".")
         target = data
@@ -190,36 +190,40 @@ def _leaf_types(schema: type[msgspec.Struct], prefix: str = "") -> Iterator[tupl
 
 
 def _decode_struct(schema: type[S], data: Any, where: str, faults: list[Fault]) -> S | None:
+    """The struct, with defaults in the place of faulty values so that the rest can be checked too."""
     if not isinstance(data, dict):
         faults.append(Fault(where.rstrip("."), f"must be a mapping, not {_describe(data)}"))
-        return None
+        data = {}
     fields = {field.name: field for field in msgspec.structs.fields(schema)}
     faults.extend(
         Fault(f"{where}{key}", f"unknown key{_suggest(key, fields)}") for key in data if key not in fields
     )
     values: dict[str, Any] = {}
-    complete = True
     for name, field in fields.items():
         base, _ = _unwrap(field.type)
+        required = field.default is msgspec.NODEFAULT and field.default_factory is msgspec.NODEFAULT
         if _is_struct(base):
             values[name] = _decode_struct(base, data.get(name, {}), f"{where}{name}.", faults)
-            complete = complete and values[name] is not None
         elif name in data:
             try:
                 values[name] = msgspec.convert(data[name], field.type, strict=True)
             except msgspec.ValidationError as error:
                 faults.append(Fault(f"{where}{name}", _plain(error, data[name], base)))
-                complete = False
-        elif field.default is msgspec.NODEFAULT and field.default_factory is msgspec.NODEFAULT:
+        elif required:
             faults.append(Fault(f"{where}{name}", "is required"))
-            complete = False
-    if not complete:
+    try:
+        settings = schema(**{name: value for name, value in values.items() if value is not None})
+    except TypeError:  # a required value is missing, and said so above
         return None
-    settings = schema(**values)
-    # A component knows what no single key can tell, as an iterator of (key, what is wrong).
-    own = getattr(settings, "faults", None)
-    if own is not None:
-        faults.extend(Fault(f"{where}{key}", what) for key, what in own())
+    return _own_faults(settings, where, faults)
+
+
+def _own_faults(settings: S, where: str, faults: list[Fault]) -> S:
+    """What a component says of its settings as a whole, except of keys that are wrong by themselves."""
+    known = {fault.where for fault in faults}
+    for key, what in getattr(settings, "faults", tuple)():
+        if f"{where}{key}" not in known:
+            faults.append(Fault(f"{where}{key}", what))
     return settings
 
 

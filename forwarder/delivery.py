@@ -116,6 +116,7 @@ class Worker:
     def publish(self) -> None:
         """Bring the gauges up to date (before a scrape)."""
         self._metrics.pending[self.name].set(self._spool.pending(self.name))
+        self._metrics.pending_unparsed[self.name].set(self._spool.pending_unparsed(self.name))
         self._metrics.in_flight[self.name].set(self.sink.pace.in_flight)
         self._metrics.concurrency[self.name].set(int(self.sink.pace.limit))
         self._metrics.rate_limit[self.name].set(self.sink.pace.rate)
@@ -147,11 +148,12 @@ class Worker:
                 async with asyncio.timeout(self._settings.call_secs_max):
                     await self.sink.open()
             except TimeoutError:
-                delay = await self._back_off(Transient("no answer in time", code="timeout"), delay)
-            except (Blocked, Permission, Permanent) as error:
-                await self._pause(error)
-            except DeliveryError as error:
-                delay = await self._back_off(error, delay)
+                late = self._failed(Transient("no answer in time", code="timeout"))
+                delay = await self._back_off(late, delay)
+            except (Blocked, Permission, Permanent) as refusal:
+                await self._pause(self._failed(refusal))
+            except DeliveryError as trouble:
+                delay = await self._back_off(self._failed(trouble), delay)
             else:
                 self._progress.enter("delivering")
                 return
@@ -212,7 +214,7 @@ class Worker:
             chunk = await self._spool.read(offset, records_max=count_max, bytes_max=bytes_max - size)
             if chunk.broken or chunk.start > offset:
                 if not current.records:
-                    await self._skip(chunk.start + chunk.broken, lost=chunk.broken)
+                    await self._skip(chunk.start + chunk.broken, lost=chunk.broken, unparsed=chunk.unparsed)
                 break
             for record in chunk.records:
                 size += self._take(current, record)
@@ -343,17 +345,18 @@ class Worker:
         if not count:
             return
         offset = current.start + count
-        await self._spool.settle(self.name, offset, current.letters(count))
+        tally = current.tally(count)
+        await self._spool.settle(self.name, offset, current.letters(count), unparsed=tally.unparsed)
         self._cursor = offset
         for index in range(count):
             self._ahead.pop(current.start + index, None)
-        self._progress.count(current.tally(count), self._now())
+        self._progress.count(tally, self._now())
 
-    async def _skip(self, offset: int, *, lost: int) -> None:
+    async def _skip(self, offset: int, *, lost: int, unparsed: int) -> None:
         """Pass over what a broken block held; the spool has set its bytes aside."""
         if lost:
-            self._progress.bury("broken_block", lost)
-        await self._spool.settle(self.name, offset)
+            self._progress.bury("broken_block", lost - unparsed)
+        await self._spool.settle(self.name, offset, unparsed=unparsed)
         self._cursor = offset
 
     async def _back_off(self, error: DeliveryError, previous: float) -> float:

@@ -23,6 +23,8 @@ class Tally(NamedTuple):
     delivered: int
     filtered: int
     unparsed: int
+    """Bodies nobody could read; ``forwarded`` of them were accepted."""
+    forwarded: int
     dead: Counter[str]
     """By reason."""
     size_bytes: int
@@ -99,12 +101,13 @@ class Round:
 
     def tally(self, count: int) -> Tally:
         """Counts of the first ``count`` records. An unparsable body is no alert."""
-        delivered = filtered = unparsed = 0
+        delivered = filtered = unparsed = forwarded = 0
         dead: Counter[str] = Counter()
         for index in range(count):
             outcome = self.outcomes[index]
             if self.records[index].kind == UNPARSED:
-                unparsed += outcome == DELIVERED
+                unparsed += 1
+                forwarded += outcome == DELIVERED
             elif isinstance(outcome, DeadLetter):
                 dead[outcome.reason] += 1
             else:
@@ -116,6 +119,7 @@ class Round:
             delivered,
             filtered,
             unparsed,
+            forwarded,
             dead,
             sum([item.size_bytes for item in sent]),
             sum([item.truncated for item in sent]),

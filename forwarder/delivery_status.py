@@ -84,7 +84,7 @@ class Progress:
             self.enter("delivering")
 
     def recover(self, records: int) -> None:
-        """Records found waiting at start."""
+        """Alerts found waiting at start."""
         self._recovered = records
         self._metrics.recovered[self._sink].set(records)
 
@@ -103,7 +103,7 @@ class Progress:
         self._filtered += tally.filtered
         metrics.delivered[sink].inc(tally.delivered)
         metrics.filtered[sink].inc(tally.filtered)
-        metrics.unparsed_forwarded[sink].inc(tally.unparsed)
+        metrics.unparsed_forwarded[sink].inc(tally.forwarded)
         metrics.sent_bytes[sink].inc(tally.size_bytes)
         metrics.truncated[sink].inc(tally.truncated)
         metrics.adjusted[sink].inc(tally.adjusted)

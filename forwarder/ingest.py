@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -34,6 +34,8 @@ RETRY_SECS = 0.25
 UNPARSED_RANK = 4
 DIGEST_BYTES = 16
 TEXT_HINT_SECS = 3600.0
+HOSTNAME_LENGTH_MAX = 256
+LOSS_LINE_SECS = 10.0
 
 log = structlog.get_logger("ingest")
 
@@ -114,6 +116,8 @@ class Ingest:
         self._flying: dict[bytes, asyncio.Future[None]] = {}
         self._held = 0
         self._hinted_at = -TEXT_HINT_SECS
+        self._said_at = -LOSS_LINE_SECS
+        self._unsaid = 0
         self._received = self._received_bytes = self._stored = self._duplicates = 0
         self._observe = metrics.ack_seconds.observe
 
@@ -142,78 +146,88 @@ class Ingest:
             return await self._keep_unparsed(body, str(fault))
         alerts = decoded.alerts
         self._received += len(alerts)
-        fresh: dict[bytes, Record] = {}
-        flying: list[asyncio.Future[None]] = []
-        for alert in alerts:
-            digest = _digest(alert)
-            under_way = self._flying.get(digest)
-            if under_way is not None:
-                flying.append(under_way)
-            elif digest not in self._seen and digest not in fresh:
-                fresh[digest] = self._record(alert, digest, utf8_replaced=decoded.utf8_replaced)
         if decoded.utf8_replaced:
             self._metrics.utf8_replaced.inc()
+        digests = [_digest(alert) for alert in alerts]
+        missing = {
+            digest: self._record(alert, digest, utf8_replaced=decoded.utf8_replaced)
+            for digest, alert in zip(digests, alerts, strict=True)
+            if digest not in self._seen
+        }
+        stored = 0
         answer = STORED
-        if fresh:
-            records = list(fresh.values())
-            rank = records[0].priority if len(records) == 1 else min(record.priority for record in records)
-            answer = await self._append(records, (), rank, fresh)
-        if flying and answer is STORED:
-            answer = await self._others(flying)
-        if answer is not STORED:
-            self._discard([alert.rank for alert in alerts], answer.outcome)
+        if missing:
+            answer, stored = await self._patiently(missing, started)
+        self._stored += stored
+        if answer is STORED:
+            self._duplicates += len(alerts) - stored
+            self._observe(self._now() - started)
             return answer
-        self._stored += len(fresh)
-        self._duplicates += len(alerts) - len(fresh)
-        self._observe(self._now() - started)
+        lost = [alert.rank for digest, alert in zip(digests, alerts, strict=True) if digest in missing]
+        self._duplicates += len(alerts) - stored - len(lost)
+        self._discard(lost, answer.outcome)
         return answer
 
-    @staticmethod
-    async def _others(flying: list[asyncio.Future[None]]) -> Answer:
-        """Wait for the commits our duplicates are in; where one fails, ours was no duplicate."""
-        for other in flying:
+    async def _patiently(self, missing: dict[bytes, Record], started: float) -> tuple[Answer, int]:
+        """Try until everything is stored, holding the caller for a while where there is no room."""
+        stored = 0
+        while True:
+            answer, more = await self._attempt(missing)
+            stored += more
+            left = started + self._hold_secs_max - self._now()
+            if answer is STORED or left <= 0 or self._held >= HELD_REQUESTS_MAX:
+                return answer, stored
+            await self._hold(min(left, RETRY_SECS))
+
+    async def _attempt(self, missing: dict[bytes, Record]) -> tuple[Answer, int]:
+        """Store what nobody else is storing, wait for what somebody is; what is durable leaves ``missing``."""
+        fresh: dict[bytes, Record] = {}
+        others: dict[bytes, asyncio.Future[None]] = {}
+        for digest, record in list(missing.items()):
+            flying = self._flying.get(digest)
+            if flying is not None:
+                others[digest] = flying
+            elif digest in self._seen:
+                del missing[digest]
+            else:
+                fresh[digest] = record
+        answer, stored = STORED, 0
+        if fresh:
+            answer = await self._append(list(fresh.values()), (), fresh)
+            if answer is STORED:
+                stored = len(fresh)
+                for digest in fresh:
+                    del missing[digest]
+        for digest, other in others.items():
             try:
                 await asyncio.shield(other)
-            except SpoolFullError:
-                return Answer(Outcome.FULL, "the spool is full")
-            except SpoolFailedError as error:
-                return Answer(Outcome.FAILED, f"the spool cannot be written: {error}")
-        return STORED
+            except (SpoolFullError, SpoolFailedError) as error:
+                answer = _refused(error)
+            else:
+                del missing[digest]
+        return answer, stored
 
     async def _append(
-        self,
-        records: Sequence[Record],
-        dead: Sequence[DeadLetter],
-        rank: int,
-        digests: Mapping[bytes, Record],
+        self, records: Sequence[Record], dead: Sequence[DeadLetter], digests: Iterable[bytes]
     ) -> Answer:
-        """Append as soon as there is room, holding the caller for a while if there is none."""
-        spool = self._spool
-        deadline = 0.0
-        outcome, fault = Outcome.FULL, "the spool is full"
-        while True:
-            if spool.admits(rank):
-                done = spool.append(records, dead)
-                for digest in digests:
-                    self._flying[digest] = done
-                try:
-                    await done
-                except SpoolFullError:
-                    outcome, fault = Outcome.FULL, "the spool's volume is full"
-                except SpoolFailedError as error:
-                    outcome, fault = Outcome.FAILED, f"the spool cannot be written: {error}"
-                else:
-                    for digest in digests:
-                        self._seen.add(digest)
-                    return STORED
-                finally:
-                    for digest in digests:
-                        self._flying.pop(digest, None)
-            now = self._now()
-            deadline = deadline or now + self._hold_secs_max
-            if now >= deadline or self._held >= HELD_REQUESTS_MAX:
-                return Answer(outcome, fault)
-            await self._hold(min(deadline - now, RETRY_SECS))
+        """One attempt to append, all or nothing."""
+        rank = records[0].priority if len(records) == 1 else min([record.priority for record in records])
+        if not self._spool.admits(rank):
+            return Answer(Outcome.FULL, "the spool is full")
+        done = self._spool.append(records, dead)
+        for digest in digests:
+            self._flying[digest] = done
+        try:
+            await done
+        except (SpoolFullError, SpoolFailedError) as error:
+            return _refused(error)
+        else:
+            for digest in digests:
+                self._seen.add(digest)
+            return STORED
+        finally:
+            for digest in digests:
+                self._flying.pop(digest, None)
 
     async def _hold(self, secs: float) -> None:
         self._held += 1
@@ -243,7 +257,12 @@ class Ingest:
         letter = DeadLetter(
             sink="receiver", id=identity, reason="unparsed", detail=fault, at=now_ns / 1e9, body=body
         )
-        answer = await self._append([record], [letter], UNPARSED_RANK, {})
+        started = self._now()
+        while (answer := await self._append([record], [letter], ())) is not STORED:
+            left = started + self._hold_secs_max - self._now()
+            if left <= 0 or self._held >= HELD_REQUESTS_MAX:
+                break
+            await self._hold(min(left, RETRY_SECS))
         if answer is not STORED:
             self._discard([UNPARSED_RANK], answer.outcome)
             return answer
@@ -274,7 +293,7 @@ class Ingest:
             alert.body,
             self._enrich(alert) if self._enrichers else b"",
             b",".join(notes) if notes else b"",
-            alert.hostname,
+            alert.hostname[:HOSTNAME_LENGTH_MAX],
         )
 
     def _enrich(self, alert: Alert) -> bytes:
@@ -292,10 +311,21 @@ class Ingest:
             )
 
     def _discard(self, ranks: Sequence[int], outcome: Outcome) -> None:
+        """Count the loss; say so at once, then every ten seconds while it goes on."""
         reason = "spool_full" if outcome is Outcome.FULL else "spool_failed"
         for rank in ranks:
             self._metrics.discarded[reason, rank].inc()
-        log.error("alerts refused and lost to Falco, which never retries", count=len(ranks), reason=reason)
+        self._unsaid += len(ranks)
+        now = self._now()
+        if now - self._said_at >= LOSS_LINE_SECS:
+            log.error("alerts refused and lost: Falco never retries", count=self._unsaid, reason=reason)
+            self._said_at, self._unsaid = now, 0
+
+
+def _refused(error: Exception) -> Answer:
+    if isinstance(error, SpoolFullError):
+        return Answer(Outcome.FULL, "the spool's volume is full")
+    return Answer(Outcome.FAILED, f"the spool cannot be written: {error}")
 
 
 def _digest(alert: Alert) -> bytes:

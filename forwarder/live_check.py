@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from forwarder.alert import encode
 from forwarder.app import Settings, enabled_sinks
-from forwarder.aws import Aws
+from forwarder.aws import Aws, Client
 from forwarder.contract import Blocked, DeliveryError, Permanent, Permission
 from forwarder.sinks.cloudwatch_logs import role_of
 from forwarder.timestamp import iso_milliseconds
@@ -128,7 +128,7 @@ async def _security_hub(settings: Settings, aws: Aws) -> list[Step]:
     return [enabled, imported]
 
 
-async def _import_test_finding(settings: Settings, aws: Aws, client: Any) -> None:
+async def _import_test_finding(settings: Settings, aws: Aws, client: Client) -> None:
     account = await aws.account(role_of(settings.sinks.security_hub))
     now = iso_milliseconds(time.time_ns())
     finding = {

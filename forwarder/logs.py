@@ -19,11 +19,15 @@ from forwarder.config import setting
 
 REDACTED = "[redacted]"
 VALUE_LENGTH_MAX = 4000
+DEPTH_MAX = 6
 _SECRET_KEY = re.compile(r"(?i)(secret|token|password|passwd|authorization|credential)")
 _SECRET_TEXT = re.compile(
     r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b"
-    r"|(?<=://)[^/\s@]+(?=@)"
-    r"|(?i:(?<=x-amz-security-token=)|(?<=signature=))[A-Za-z0-9%/+=]+"
+    r"|(?<=://)[^/\s\"']+(?=@)"
+)
+_SECRET_PAIR = re.compile(
+    r"(?i)((?:secret|token|password|passwd|authorization|credential|signature)[\w-]*[\"']?\s*[:=]\s*[\"']?"
+    r"(?:bearer\s+|basic\s+)?)[^\s\"',;&}\])]+"
 )
 
 
@@ -37,13 +41,24 @@ class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def redact(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Replace secrets by ``[redacted]`` and cut endless values."""
+    """Replace secrets by ``[redacted]``, at any depth, and cut endless values."""
     for key, value in event.items():
-        if _SECRET_KEY.search(key):
-            event[key] = REDACTED
-        elif isinstance(value, str):
-            event[key] = _SECRET_TEXT.sub(REDACTED, value)[:VALUE_LENGTH_MAX]
+        if not key.startswith("_"):  # the formatter's own
+            event[key] = _clean(key, value, 0)
     return event
+
+
+def _clean(key: str, value: Any, depth: int) -> Any:
+    if _SECRET_KEY.search(key):
+        return REDACTED
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, dict) and depth < DEPTH_MAX:
+        return {str(name): _clean(str(name), member, depth + 1) for name, member in value.items()}
+    if isinstance(value, list | tuple | set | frozenset) and depth < DEPTH_MAX:
+        return [_clean("", member, depth + 1) for member in value]
+    text = str(value)[:VALUE_LENGTH_MAX].encode("utf-8", "replace").decode()
+    return _SECRET_PAIR.sub(rf"\1{REDACTED}", _SECRET_TEXT.sub(REDACTED, text))
 
 
 def configure(level: str, stream: TextIO | None = None) -> None:

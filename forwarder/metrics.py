@@ -31,7 +31,7 @@ PRIORITY_LABELS = (
     "informational",
     "debug",
 )
-DISCARD_REASONS = ("spool_full", "spool_failed", "draining")
+DISCARD_REASONS = ("spool_full", "spool_failed")
 ERROR_CODES = (
     "throttled",
     "unavailable",
@@ -135,8 +135,11 @@ class Metrics:
         self.spool_oldest = self._per_sink_gauge("spool_oldest_seconds", "Age of the oldest alert waiting")
 
     def _delivery(self) -> None:
-        self.pending = self._per_sink_gauge("sink_pending", "Records the sink has not settled")
-        self.recovered = self._per_sink_gauge("sink_recovered", "Records found waiting at start")
+        self.pending = self._per_sink_gauge("sink_pending", "Alerts the sink has not settled")
+        self.pending_unparsed = self._per_sink_gauge(
+            "sink_pending_unparsed", "Unparsable bodies a log sink has not sent on"
+        )
+        self.recovered = self._per_sink_gauge("sink_recovered", "Alerts found waiting at start")
         self.delivered = self._per_sink_counter("sent_events", "Alerts the service accepted")
         self.sent_bytes = self._per_sink_counter(
             "sent_bytes", "Bytes of accepted requests, before any compression"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator
 
 RATE_FLOOR = 0.05
@@ -25,7 +26,7 @@ class Pace:
         self._burst = burst
         self._tokens = float(burst)
         self._filled_at: float | None = None
-        self._freed = asyncio.Condition()
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._next_token = asyncio.Lock()
         self.rate = rate_per_sec
         """Calls each second now allowed; 0 means unlimited."""
@@ -36,26 +37,45 @@ class Pace:
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Wait for a free call and a token; hold the call for the length of the block."""
-        async with self._freed:
-            await self._freed.wait_for(lambda: self.in_flight < max(1, int(self.limit)))
-            self.in_flight += 1
+        await self._take()
         try:
             if self._rate_max > 0:
                 await self._token()
             yield
         finally:
-            self.in_flight -= 1
-            async with self._freed:
-                self._freed.notify_all()
+            self._give_back()
 
     def succeeded(self) -> None:
         self.limit = min(self._concurrency_max, self.limit + 1 / self.limit)
         self.rate = min(self._rate_max, self.rate + self._rate_max * RATE_STEP)
 
     def throttled(self) -> None:
+        self._refill()
         self.limit = max(1.0, self.limit / 2)
         self.rate = max(self._rate_max * RATE_FLOOR, self.rate / 2)
         self._tokens = min(self._tokens, 0.0)
+
+    async def _take(self) -> None:
+        """In the order of asking: nobody overtakes, nobody starves."""
+        if not self._waiting and self.in_flight < max(1, int(self.limit)):
+            self.in_flight += 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._give_back()  # the call was ours already
+            raise
+
+    def _give_back(self) -> None:
+        self.in_flight -= 1
+        while self._waiting and self.in_flight < max(1, int(self.limit)):
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self.in_flight += 1
+                turn.set_result(None)
 
     async def _token(self) -> None:
         async with self._next_token:

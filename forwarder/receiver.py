@@ -22,6 +22,7 @@ import socket
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import aiohttp
 import msgspec
 import structlog
 from aiohttp import web
@@ -37,6 +38,8 @@ KEEP_ALIVE_SECS = 130.0
 LINGER_SECS = 2.0
 SWEEP_SECS = 1.0
 BACKLOG = 1024
+STOP_SECS_MAX, FRESH_SECS_MAX, CLOSE_SECS_MAX = 2.0, 0.5, 0.5
+STOP_POLL_SECS = 0.02
 RETRY_AFTER_SECS = 5
 HTTP_OK = 200
 
@@ -89,7 +92,7 @@ class ReceiverSettings(msgspec.Struct, frozen=True, kw_only=True):
 class _Connection(RequestHandler):
     """One sender. Knows what a deadline needs: when it was opened, when a header began, whether it is busy."""
 
-    __slots__ = ("_receiver", "busy", "expires_at", "heard_at", "served")
+    __slots__ = ("_receiver", "busy", "chunk", "expires_at", "heard_at", "served")
 
     def __init__(self, receiver: Receiver, **keys: Any) -> None:
         super().__init__(receiver.server, **keys)
@@ -98,6 +101,8 @@ class _Connection(RequestHandler):
         self.busy = False
         self.served = 0
         self.expires_at = 0.0
+        self.chunk = b""
+        """What arrived last, while its request is not answered."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         now = self._loop.time()
@@ -113,7 +118,16 @@ class _Connection(RequestHandler):
     def data_received(self, data: bytes) -> None:
         if self.heard_at is None:
             self.heard_at = self._loop.time()
+        self.chunk = data
         super().data_received(data)
+
+    def answered(self, body: bytes) -> None:
+        """A request is over. What came behind its body is the beginning of the next header, whose time runs now."""
+        rest = not (self.chunk.endswith(body) or body.endswith(self.chunk))
+        self.heard_at = self._loop.time() if rest else None
+        self.chunk = b""
+        self.busy = False
+        self.served += 1
 
     def handle_error(
         self,
@@ -127,6 +141,8 @@ class _Connection(RequestHandler):
             {"error": " ".join((message or "bad request").split())[:200]}, status=status
         )
         response.force_close()
+        if status in self._receiver.metrics.requests:
+            self._receiver.metrics.requests[status].inc()
         return response
 
 
@@ -177,13 +193,29 @@ class Receiver:
         self._draining = True
 
     async def stop(self) -> None:
-        """Close the listener, answer what was read, close the rest."""
+        """Close the listener, answer what is under way, close the rest.
+
+        aiohttp throws away what arrives once it shuts a connection down, so requests that have begun, and connections
+        just accepted, get their time first.
+        """
         if self._listener is None:
             return
         self._listener.close()
+        now = self._loop.time()
+        begun, fresh = now + self._settings.hold_secs_max + STOP_SECS_MAX, now + FRESH_SECS_MAX
+        while (now := self._loop.time()) < begun and self._under_way(count_fresh=now < fresh):  # noqa: ASYNC110 - bounded
+            await asyncio.sleep(STOP_POLL_SECS)
         self.server.pre_shutdown()
-        await self.server.shutdown(self._settings.hold_secs_max + 5)
+        await self.server.shutdown(CLOSE_SECS_MAX)
         self._sweeper.cancel()
+
+    def _under_way(self, *, count_fresh: bool) -> bool:
+        """Whether a request is being answered, or a connection was opened and has not spoken yet."""
+        return any(
+            connection.busy or (count_fresh and not connection.served)
+            for connection in self.server.connections
+            if isinstance(connection, _Connection)
+        )
 
     def expiry(self, now: float) -> float:
         """Loop time at which a connection opened now has reached its age: 75 to 100 % of the maximum."""
@@ -229,16 +261,16 @@ class Receiver:
         connection = request.protocol
         assert isinstance(connection, _Connection)  # noqa: S101 - for the type checker: made by _connection
         connection.busy = True
+        body = b""
         try:
-            response = await self._answer(request)
+            body, refusal = await self._body(request)
+            response = refusal or await self._answer(request, body)
         except Exception:
             # The outer boundary: a fault of ours must not take the listener with it.
             log.exception("request failed")
             response = _refusal(500, "internal error")
         finally:
-            connection.busy = False
-            connection.heard_at = None
-            connection.served += 1
+            connection.answered(body)
         if self._draining or self._loop.time() >= connection.expires_at:
             response.force_close()
             if not self._draining:
@@ -249,12 +281,19 @@ class Receiver:
             self.metrics.requests[response.status].inc()
         return response
 
-    async def _answer(self, request: web.BaseRequest) -> web.Response:
+    async def _answer(self, request: web.BaseRequest, body: bytes) -> web.Response:
         if request.method != "POST":
             return _other_methods(request)
+        if request.path == "/test":
+            body = self._test_alert()
+        answer = await self._ingest.take(body)
+        return web.Response() if answer is STORED else _response(answer)
+
+    async def _body(self, request: web.BaseRequest) -> tuple[bytes, web.Response | None]:
+        """The whole body, or the refusal that ends the connection: the rest is not read."""
         content = request.content
-        refusal = self._refuse_by_header(request)
         body = b""
+        refusal = self._refuse_by_header(request)
         if refusal is None:
             if content.is_eof():
                 body = content.read_nowait()
@@ -263,12 +302,8 @@ class Receiver:
             if refusal is None and len(body) > self._settings.body_bytes_max:
                 refusal = self._too_large()
         if refusal is not None:
-            refusal.force_close()  # the rest is not read, so the connection cannot be used again
-            return refusal
-        if request.path == "/test":
-            body = self._test_alert()
-        answer = await self._ingest.take(body)
-        return web.Response() if answer is STORED else _response(answer)
+            refusal.force_close()
+        return body, refusal
 
     def _refuse_by_header(self, request: web.BaseRequest) -> web.Response | None:
         if request.headers.get("Content-Encoding", "identity") != "identity":
@@ -290,7 +325,8 @@ class Receiver:
                 return await self._read(content, self._settings.body_bytes_max), None
         except TimeoutError:
             return b"", _refusal(408, f"body not complete within {self._settings.body_secs_max} s")
-        except (web.RequestPayloadError, asyncio.IncompleteReadError) as error:
+        except (web.RequestPayloadError, aiohttp.ClientError, asyncio.IncompleteReadError, OSError) as error:
+            # Broken framing, or the sender left: nobody was promised anything.
             return b"", _refusal(400, f"body cannot be read: {error}")
 
     @staticmethod

@@ -18,6 +18,9 @@ UNPARSED = 2
 """A body nobody could read, kept raw. For log sinks only, and never counted as an alert."""
 
 
+HOSTNAME_USUAL_MAX = 16
+
+
 class Record(msgspec.Struct, frozen=True, array_like=True):
     """One spooled record."""
 
@@ -44,7 +47,8 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     @property
     def size_bytes(self) -> int:
         """Memory and spool room it takes, roughly and never too little."""
-        return len(self.body) + len(self.enrichment) + len(self.notes) + 160
+        texts = 4 * len(self.hostname) if len(self.hostname) > HOSTNAME_USUAL_MAX else 0
+        return len(self.body) + len(self.enrichment) + len(self.notes) + texts + 160
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):

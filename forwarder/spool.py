@@ -13,8 +13,8 @@ Invariants:
 - Offsets are given in the order of storing; ``[cursor, end)`` is what a sink still has to settle.
 - Above 90 % of the quota only alerts of priority Notice and higher find room, at 100 % none. Nothing stored
   is ever evicted to make room.
-- Memory is bounded: the last ``TAIL_BYTES_MAX`` of records stay decoded for sinks that are up to date; a sink
-  further behind reads blocks from disk, a chunk at a time. A start never loads the backlog.
+- Memory is bounded: ``spool_tail`` for sinks that are up to date, blocks from disk for others. A start never
+  loads the backlog.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import NamedTuple
 import structlog
 
 from forwarder.metrics import Metrics
-from forwarder.record import DeadLetter, Record
+from forwarder.record import UNPARSED, DeadLetter, Record
 from forwarder.spool_settings import SpoolSettings
 from forwarder.spool_store import Batch, Chunk, Store, Written
 from forwarder.spool_tail import Tail
@@ -67,6 +67,7 @@ class _Settling(NamedTuple):
     sink: str
     offset: int
     dead: Sequence[DeadLetter]
+    unparsed: int
     done: asyncio.Future[None]
 
 
@@ -101,15 +102,20 @@ class Spool:
         self._tail = Tail(TAIL_BYTES_MAX)
         self._average_bytes = 1500.0
         self._waiting_bytes = 0
+        self._commit_bytes_max = COMMIT_BYTES_MAX
         self._closed = False
+        self._unsettled = False
         self._warned = False
+        self.bytes_max = settings.bytes_max
         self.limit_bytes = settings.bytes_max
+        """In force now: less than ``bytes_max`` after the volume was full."""
         self.used_bytes = 0
         self.events = 0
         self.end = 0
         self.cursors: dict[str, int] = {}
         self.oldest: dict[str, float] = {}
         self.dead: dict[str, int] = {}
+        self._unparsed: dict[str, int] = {}
         self.failure = ""
         """Why the volume does not take writes, or nothing."""
 
@@ -125,9 +131,11 @@ class Spool:
             self._writer.stop()
             raise
         self.end, self.used_bytes, self.events = state.end, state.used_bytes, state.records
-        self.cursors, self.dead = state.cursors, dict(state.dead)
+        self.cursors, self.dead, self._unparsed = state.cursors, dict(state.dead), state.unparsed
+        self.limit_bytes = self.bytes_max = state.bytes_max
+        self._commit_bytes_max = min(COMMIT_BYTES_MAX, max(1, self.bytes_max // 16))
         self._metrics.spool_corrupt.set(state.quarantined is not None)
-        self._publish()
+        self.publish()
         self._housekeeper = asyncio.create_task(self._housekeep(), name="spool housekeeping")
 
     async def close(self) -> None:
@@ -174,10 +182,12 @@ class Spool:
         self._schedule()
         return done
 
-    def settle(self, sink: str, offset: int, dead: Sequence[DeadLetter] = ()) -> asyncio.Future[None]:
-        """Move a sink's cursor and write its dead letters, in one transaction."""
+    def settle(
+        self, sink: str, offset: int, dead: Sequence[DeadLetter] = (), *, unparsed: int = 0
+    ) -> asyncio.Future[None]:
+        """Move a sink's cursor (over so many unparsable bodies) and write its dead letters, in one transaction."""
         done = self._loop.create_future()
-        self._settling.append(_Settling(sink, offset, dead, done))
+        self._settling.append(_Settling(sink, offset, dead, unparsed, done))
         self._schedule()
         return done
 
@@ -220,6 +230,7 @@ class Spool:
         )
         if chunk.broken:
             self._metrics.spool_broken.inc()
+            self.dead = dict.fromkeys(self.dead, 0) | await self._writer.run(self._store.count_dead)
         return chunk
 
     async def dead_letters(self, before: int, limit: int) -> list[tuple[int, DeadLetter]]:
@@ -227,8 +238,12 @@ class Spool:
         return await self._writer.run(lambda: self._store.dead_letters(before, limit))
 
     def pending(self, sink: str) -> int:
-        """Records the sink has not settled."""
-        return self.end - self.cursors[sink]
+        """Alerts the sink has not settled."""
+        return self.end - self.cursors[sink] - self._unparsed[sink]
+
+    def pending_unparsed(self, sink: str) -> int:
+        """Unparsable bodies the sink has not passed."""
+        return self._unparsed[sink]
 
     # ---- inside -------------------------------------------------------------------------------------
 
@@ -257,7 +272,7 @@ class Spool:
     def _take(self) -> tuple[list[_Waiting], list[_Waiting]]:
         count = size = 0
         for index, item in enumerate(self._waiting):
-            if index and (count >= COMMIT_RECORDS_MAX or size >= COMMIT_BYTES_MAX):
+            if index and (count >= COMMIT_RECORDS_MAX or size >= self._commit_bytes_max):
                 return self._waiting[:index], self._waiting[index:]
             count += len(item.records)
             size += item.size_bytes
@@ -278,11 +293,15 @@ class Spool:
         if written.settled:
             for settled in settling:
                 self.cursors[settled.sink] = settled.offset
+                self._unparsed[settled.sink] -= settled.unparsed
                 self._count_dead(settled.dead)
                 if not settled.done.done():
                     settled.done.set_result(None)
         else:
+            if not self._unsettled:
+                log.error("cursors cannot be written, what is delivered may be sent again after a crash")
             self._settling = settling + self._settling  # the housekeeper tries again
+        self._unsettled = not written.settled
         self._committing = False
         if self._waiting or (self._settling and written.settled):
             self._schedule()
@@ -299,6 +318,9 @@ class Spool:
         self._metrics.commit_batch.observe(count)
         self._average_bytes += 0.05 * (raw_bytes / count - self._average_bytes)
         self._tail.add(written.first, batch.records, raw_bytes)
+        unparsed = sum([record.kind == UNPARSED for record in batch.records])
+        for sink in self._unparsed:
+            self._unparsed[sink] += unparsed
         self.end = written.first + count
         if self._arrivals:
             due = [waiter for offset, waiter in self._arrivals if offset < self.end]
@@ -306,7 +328,7 @@ class Spool:
                 if not waiter.done():
                     waiter.set_result(None)
 
-    def _refused(self, waiting: list[_Waiting], error: sqlite3.Error) -> None:
+    def _refused(self, waiting: list[_Waiting], error: Exception) -> None:
         self._metrics.spool_errors.inc()
         full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
         if full:
@@ -352,20 +374,23 @@ class Spool:
             done = await self._writer.run(lambda: self._store.housekeep(now, expire=expire))
             self.used_bytes -= done.freed_bytes
             self.events -= done.freed_records
+            if done.dead_removed:
+                self.dead = dict.fromkeys(self.dead, 0) | done.dead
+                self._metrics.dead_removed.inc(done.dead_removed)
             if not done.freed_records:
                 break
         self.oldest = done.oldest
-        self._metrics.dead_removed.inc(done.dead_removed)
-        if done.ballast and self.limit_bytes != self._settings.bytes_max:
+        if done.ballast and self.limit_bytes != self.bytes_max:
             log.info("volume has room again")
-            self.limit_bytes = self._settings.bytes_max
+            self.limit_bytes = self.bytes_max
         for waiter in self._room:
             if not waiter.done():
                 waiter.set_result(None)
         self._room.clear()
-        self._publish()
+        self.publish()
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Bring the gauges up to date."""
         self._metrics.spool_events.set(self.events)
         self._metrics.spool_bytes.set(self.used_bytes)
         self._metrics.spool_capacity.set(max(0, self.limit_bytes))

@@ -6,7 +6,8 @@ Layout (``PRAGMA user_version`` = ``SCHEMA_VERSION``):
                 since the spool was made and never repeat. ``payload`` is the msgpack list of its records
                 (``record.Record``), zlib level 1 when ``codec`` is 1, as is when 0, set aside as broken when
                 -1; ``crc`` is the CRC-32 of ``payload`` as stored, because SQLite has no page checksums;
-                ``cost`` is what the block counts against the byte quota.
+                ``cost`` is what the block counts against the byte quota; ``unparsed`` how many of its records are
+                bodies nobody could read.
 ``cursor``      per sink the offset of the first record it has not settled.
 ``dead``        dead letters with their reason.
 ``meta``        ``end``: the offset after the last record ever stored, so that an empty spool goes on counting.
@@ -40,7 +41,6 @@ from forwarder.record import Record
 SCHEMA_VERSION = 1
 DATABASE_NAME = "spool.db"
 LOCK_NAME = "spool.lock"
-BALLAST_NAME = "spool.ballast"
 PAGE_BYTES = 4096
 BLOCK_OVERHEAD_BYTES = 96
 PACKED_BYTES_MAX = 1024
@@ -54,7 +54,8 @@ log = structlog.get_logger("spool")
 _SCHEMA = """
 CREATE TABLE block (
     first INTEGER PRIMARY KEY, n INTEGER NOT NULL, created REAL NOT NULL,
-    codec INTEGER NOT NULL, crc INTEGER NOT NULL, cost INTEGER NOT NULL, payload BLOB NOT NULL);
+    codec INTEGER NOT NULL, crc INTEGER NOT NULL, cost INTEGER NOT NULL,
+    unparsed INTEGER NOT NULL, payload BLOB NOT NULL);
 CREATE TABLE cursor (sink TEXT PRIMARY KEY, next INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE dead (
     number INTEGER PRIMARY KEY AUTOINCREMENT, sink TEXT NOT NULL, id TEXT NOT NULL, reason TEXT NOT NULL,
@@ -166,7 +167,7 @@ def _is_corruption(error: sqlite3.OperationalError) -> bool:
 
 def _connect(path: Path, *, full_sync: bool, bytes_max: int) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=BUSY_SECS, isolation_level=None, check_same_thread=False)
-    wal_pages = max(64, min(4096, bytes_max // PAGE_BYTES // 16))
+    wal_pages = max(64, min(4096, bytes_max // PAGE_BYTES // 64))
     try:
         for pragma in (
             f"page_size={PAGE_BYTES}",
@@ -179,6 +180,8 @@ def _connect(path: Path, *, full_sync: bool, bytes_max: int) -> sqlite3.Connecti
             "temp_store=MEMORY",
             "mmap_size=0",
             "cache_size=-4096",
+            # Some builds wipe freed pages by default, which writes every removed block to the WAL once more.
+            "secure_delete=OFF",
         ):
             connection.execute(f"PRAGMA {pragma}")
     except sqlite3.Error:
@@ -244,9 +247,9 @@ def _salvage(broken: Path, connection: sqlite3.Connection) -> None:
                     connection.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", row)  # noqa: S608
         with contextlib.suppress(sqlite3.Error, BrokenBlockError):
             for row in source.execute("SELECT * FROM block ORDER BY first"):
-                _, _, _, codec, crc, _, payload = row
+                codec, crc, payload = row[3], row[4], row[7]
                 decode_block(codec, crc, payload)
-                connection.execute("INSERT OR REPLACE INTO block VALUES (?,?,?,?,?,?,?)", row)
+                connection.execute("INSERT OR REPLACE INTO block VALUES (?,?,?,?,?,?,?,?)", row)
                 blocks += 1
     connection.execute(
         "UPDATE meta SET value = max(value, (SELECT coalesce(max(first + n), 0) FROM block),"

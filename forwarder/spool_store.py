@@ -3,15 +3,15 @@
 Job: make one transaction of everything that waits (records, cursors, dead letters), read blocks back, remove
 what every sink has passed, and survive a full volume. Nothing here knows of asyncio.
 
-A full volume live-locks SQLite: even a cursor update needs room in the WAL. So the byte quota stays below
-``max_page_count``, which stays below the volume, and a ballast file is given up on a real ENOSPC so that
-cursors and deletes go on and make room. Until the ballast can be written again, new records are refused.
+A full volume live-locks SQLite: even a cursor update needs room in the WAL. So the byte quota is at most five
+eighths of the volume, ``max_page_count`` lies between the two, the WAL is kept small against the quota, and a
+ballast file larger than the WAL is given up on a real ENOSPC so that cursors and deletes go on and make room.
+Until the ballast can be written again, new records are refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
 import time
 from collections.abc import Iterable
@@ -20,11 +20,12 @@ from typing import NamedTuple
 
 import structlog
 
-from forwarder.record import DeadLetter, Record
+from forwarder.record import UNPARSED, DeadLetter, Record
+from forwarder.spool_ballast import Ballast, fitting_bytes
 from forwarder.spool_schema import (
-    BALLAST_NAME,
     BROKEN,
     BrokenBlockError,
+    SpoolUnusableError,
     block_cost,
     decode_block,
     encode_block,
@@ -32,7 +33,6 @@ from forwarder.spool_schema import (
     open_database,
 )
 
-BALLAST_BYTES_MAX = 16 << 20
 BLOCKS_PER_DELETE_MAX = 4096
 DEAD_LETTERS_PER_PAGE_MAX = 1000
 RECEIVER = "receiver"
@@ -54,7 +54,7 @@ class Written(NamedTuple):
     first: int
     stored_bytes: int
     sync_secs: float
-    error: sqlite3.Error | None
+    error: Exception | None
     settled: bool
     """Cursors and dead letters are on disk."""
 
@@ -66,6 +66,8 @@ class Chunk(NamedTuple):
     end: int
     records: list[Record]
     broken: int
+    unparsed: int = 0
+    """Of the broken ones, bodies nobody could read."""
 
 
 class Housekeeping(NamedTuple):
@@ -77,16 +79,21 @@ class Housekeeping(NamedTuple):
     """Creation time of the first unsettled block, per sink; absent when nothing waits."""
     ballast: bool
     dead_removed: int
+    dead: dict[str, int]
+    """Dead letters by sink, where some were removed."""
 
 
 class State(NamedTuple):
-    """What is on disk at start."""
+    """What is on disk at start, and the quota that fits the volume."""
 
+    bytes_max: int
     end: int
     used_bytes: int
     records: int
     cursors: dict[str, int]
     dead: dict[str, int]
+    unparsed: dict[str, int]
+    """Unparsable bodies among what waits, per sink."""
     quarantined: Path | None
 
 
@@ -107,7 +114,6 @@ class Store:
         self._bytes_max = bytes_max
         self._dead_retention_secs = dead_retention_secs
         self._unparsed_bytes_max = unparsed_bytes_max
-        self._ballast = directory / BALLAST_NAME
         self._end = 0
 
     def open(self, sinks: Iterable[str]) -> State:
@@ -117,20 +123,54 @@ class Store:
         """
         self._lock = lock(self._directory)
         try:
-            suffix = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-            opened = open_database(
-                self._directory, full_sync=self._full_sync, bytes_max=self._bytes_max, suffix=suffix
-            )
+            return self._open(set(sinks))
+        except sqlite3.Error as error:
+            self._db.close()
+            self._lock.close()
+            raise SpoolUnusableError(f"the spool in {self._directory} cannot be written: {error}") from error
         except BaseException:
             self._lock.close()
             raise
+
+    def _open(self, sinks: set[str]) -> State:
+        self._bytes_max = fitting_bytes(self._directory, self._bytes_max)
+        self._ballast = Ballast(self._directory, self._bytes_max)
+        suffix = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        opened = open_database(
+            self._directory, full_sync=self._full_sync, bytes_max=self._bytes_max, suffix=suffix
+        )
         self._db = opened.connection
+        try:
+            self._adopt(sinks)
+        except sqlite3.OperationalError as error:
+            self._rollback()
+            if not _is_full(error):
+                raise
+            self._ballast.give_up()
+            self._adopt(sinks)
+        execute = self._db.execute
+        records, cost = execute("SELECT coalesce(sum(n),0), coalesce(sum(cost),0) FROM block").fetchone()
+        (dead_bytes,) = execute("SELECT coalesce(sum(length(body)),0) FROM dead").fetchone()
+        self._ballast.secure()
+        cursors = dict(execute("SELECT sink, next FROM cursor"))
+        return State(
+            bytes_max=self._bytes_max,
+            end=self._end,
+            used_bytes=cost + dead_bytes,
+            records=records,
+            cursors=cursors,
+            dead=self.count_dead(),
+            unparsed={sink: self._unparsed_from(offset) for sink, offset in cursors.items()},
+            quarantined=opened.quarantined,
+        )
+
+    def _adopt(self, wanted: set[str]) -> None:
+        """Find the end of the log and bring the cursors in line with the enabled sinks."""
         execute = self._db.execute
         (blocks_end,) = execute("SELECT coalesce(max(first + n), 0) FROM block").fetchone()
         (meta_end,) = execute("SELECT value FROM meta WHERE key='end'").fetchone()
         (cursor_end,) = execute("SELECT coalesce(max(next), 0) FROM cursor").fetchone()
         self._end = max(blocks_end, meta_end, cursor_end)
-        wanted = set(sinks)
         existing = dict(execute("SELECT sink, next FROM cursor"))
         execute("BEGIN IMMEDIATE")
         for name in existing.keys() - wanted:
@@ -139,17 +179,19 @@ class Store:
             execute("INSERT INTO cursor VALUES (?,?)", (name, self._end))
         execute("UPDATE meta SET value=? WHERE key='end'", (self._end,))
         execute("COMMIT")
-        records, cost = execute("SELECT coalesce(sum(n),0), coalesce(sum(cost),0) FROM block").fetchone()
-        (dead_bytes,) = execute("SELECT coalesce(sum(length(body)),0) FROM dead").fetchone()
-        self.secure_ballast()
-        return State(
-            end=self._end,
-            used_bytes=cost + dead_bytes,
-            records=records,
-            cursors=dict(execute("SELECT sink, next FROM cursor")),
-            dead=dict(execute("SELECT sink, count(*) FROM dead GROUP BY sink")),
-            quarantined=opened.quarantined,
-        )
+
+    def _unparsed_from(self, offset: int) -> int:
+        (count,) = self._db.execute(
+            "SELECT coalesce(sum(unparsed),0) FROM block WHERE first + n > ?", (offset,)
+        ).fetchone()
+        inside = self._db.execute(
+            "SELECT first, n, codec, crc, payload FROM block WHERE unparsed > 0 AND first < ? AND first + n > ?",
+            (offset, offset),
+        ).fetchone()
+        if inside is not None:  # the cursor stands in the middle of this block
+            records = self._block(*inside) or []
+            count -= sum(record.kind == UNPARSED for record in records[: offset - inside[0]])
+        return int(count)
 
     def close(self) -> None:
         """Fold the WAL into the database and let go of the directory."""
@@ -163,10 +205,12 @@ class Store:
         first = self._end
         try:
             size, sync_secs = self._transaction(batch, now)
-        except sqlite3.Error as error:
+        except Exception as error:
             self._rollback()
+            if not isinstance(error, sqlite3.Error):
+                log.exception("records cannot be written")
             if _is_full(error):
-                self.give_up_ballast()
+                self._ballast.give_up()
             settled = True
             if batch.cursors or batch.dead:
                 settled = self._settle_alone(batch, now)
@@ -177,14 +221,14 @@ class Store:
     def read(self, offset: int, *, records_max: int, bytes_max: int) -> Chunk:
         """Records from ``offset`` on, whole blocks, at least one, until a limit is passed."""
         rows = self._db.execute(
-            "SELECT first, n, codec, crc, payload FROM block WHERE first + n > ? AND"
+            "SELECT first, n, codec, crc, unparsed, payload FROM block WHERE first + n > ? AND"
             " first >= (SELECT coalesce(max(first), 0) FROM block WHERE first <= ?) ORDER BY first",
             (offset, offset),
         )
         records: list[Record] = []
         start = end = offset
         size = 0
-        for first, n, codec, crc, payload in rows:
+        for first, n, codec, crc, unparsed, payload in rows:
             if records and first != end:
                 break  # a gap, left by salvage: the next chunk begins behind it
             block = self._block(first, n, codec, crc, payload)
@@ -192,7 +236,7 @@ class Store:
                 if records:
                     break
                 start = max(first, offset)
-                return Chunk(start, first + n, [], first + n - start)
+                return Chunk(start, first + n, [], first + n - start, unparsed)
             if not records:
                 start = max(first, offset)
                 block = block[start - first :]
@@ -229,13 +273,20 @@ class Store:
         except sqlite3.Error as error:
             self._rollback()
             if _is_full(error):
-                self.give_up_ballast()
+                self._ballast.give_up()
+        ballast = self._ballast.secure()
+        if not ballast:
+            # A log that cannot start over keeps the room the ballast needs.
+            with contextlib.suppress(sqlite3.Error):
+                execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            ballast = self._ballast.secure()
         ages = execute(
             "SELECT sink, (SELECT created FROM block WHERE first + n > next AND first >="
             " (SELECT coalesce(max(first),0) FROM block WHERE first <= next) ORDER BY first LIMIT 1) FROM cursor"
         )
         oldest = {sink: created for sink, created in ages if created is not None}
-        return Housekeeping(freed_bytes, freed_records, oldest, self.secure_ballast(), dead_removed)
+        dead = self.count_dead() if dead_removed else {}
+        return Housekeeping(freed_bytes, freed_records, oldest, ballast, dead_removed, dead)
 
     def dead_letters(self, before: int, limit: int) -> list[tuple[int, DeadLetter]]:
         """Newest first, numbers below ``before``."""
@@ -252,35 +303,13 @@ class Store:
             for number, sink, identity, reason, detail, at, body in rows
         ]
 
+    def count_dead(self) -> dict[str, int]:
+        """Dead letters by sink."""
+        return dict(self._db.execute("SELECT sink, count(*) FROM dead GROUP BY sink"))
+
     def probe(self) -> None:
         """Write something small and durable, to learn whether the volume is well again."""
         self._db.execute("UPDATE meta SET value=? WHERE key='end'", (self._end,))
-
-    def give_up_ballast(self) -> None:
-        """Hand its room to the database."""
-        with contextlib.suppress(OSError):
-            self._ballast.unlink()
-            log.warning("volume is full, ballast given up: new alerts wait, delivery goes on")
-
-    def secure_ballast(self) -> bool:
-        """Whether the ballast is in place, writing it where it is missing and there is room."""
-        if self._ballast.exists():
-            return True
-        try:
-            volume = os.statvfs(self._directory)
-            size = min(BALLAST_BYTES_MAX, self._bytes_max // 16, volume.f_blocks * volume.f_frsize // 8)
-            if volume.f_bavail * volume.f_frsize < 2 * size:
-                return False
-            descriptor = os.open(self._ballast, os.O_CREAT | os.O_WRONLY, 0o600)
-            try:
-                os.posix_fallocate(descriptor, 0, max(size, 1))
-            finally:
-                os.close(descriptor)
-        except OSError:
-            with contextlib.suppress(OSError):
-                self._ballast.unlink()
-            return False
-        return True
 
     def _transaction(self, batch: Batch, now: float) -> tuple[int, float]:
         execute = self._db.execute
@@ -290,8 +319,17 @@ class Store:
         if block is not None:
             codec, crc, payload = block
             execute(
-                "INSERT INTO block VALUES (?,?,?,?,?,?,?)",
-                (self._end, len(batch.records), now, codec, crc, block_cost(len(payload)), payload),
+                "INSERT INTO block VALUES (?,?,?,?,?,?,?,?)",
+                (
+                    self._end,
+                    len(batch.records),
+                    now,
+                    codec,
+                    crc,
+                    block_cost(len(payload)),
+                    sum([record.kind == UNPARSED for record in batch.records]),
+                    payload,
+                ),
             )
             size = block_cost(len(payload))
         for sink, offset in batch.cursors.items():
@@ -377,5 +415,5 @@ class Store:
         return removed, freed
 
 
-def _is_full(error: sqlite3.Error) -> bool:
+def _is_full(error: Exception) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL

@@ -12,6 +12,9 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import structlog
+
+log = structlog.get_logger("spool")
 T = TypeVar("T")
 
 
@@ -70,4 +73,8 @@ class Writer:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except Exception:
+                # No job should raise; but the thread is the spool, and must outlive a fault of ours.
+                log.exception("spool job failed")

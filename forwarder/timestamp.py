@@ -13,6 +13,9 @@ from functools import lru_cache
 FALCO_TIME_LENGTH = 30
 """``2026-11-20T22:58:03.161518126Z``: nine digits of fraction, always."""
 
+SECONDS_MAX = 9_220_000_000
+"""Years 1678 to 2262: nanoseconds fit into 64 bits. Other times count as absent; Falco's text stays as it is."""
+
 _TIME = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)(?:[.,](\d{1,9})\d*)?\s*(Z|z|[+-]\d\d:?\d\d)?\s*\Z", re.ASCII
 )
@@ -48,9 +51,10 @@ def _seconds(text: str) -> int | None:
     if _SECOND.match(text) is None:
         return None
     try:
-        return int(datetime.fromisoformat(f"{text}+00:00").timestamp())
+        seconds = int(datetime.fromisoformat(f"{text}+00:00").timestamp())
     except ValueError:
         return None
+    return seconds if abs(seconds) < SECONDS_MAX else None
 
 
 def iso_milliseconds(nanoseconds: int) -> str:

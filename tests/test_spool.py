@@ -18,8 +18,8 @@ from forwarder.spool import (
     SpoolFailedError,
     SpoolFullError,
 )
-from forwarder.spool_settings import SpoolSettings
 from forwarder.spool_schema import SpoolUnusableError
+from forwarder.spool_settings import SpoolSettings
 from forwarder.spool_store import Batch, Written
 from tests.test_spool_store import flip_block, record
 
@@ -226,8 +226,8 @@ async def test_filling_up_is_said_once(spool: Spool, caplog: pytest.LogCaptureFi
     spool.limit_bytes = 100_000
     await spool.append([Record(0, "i", 4, 1, 1, internal=False, body=os.urandom(85_000))])
     assert 0.8 < spool.fill < 1
-    spool._publish()
+    spool.publish()
     assert spool._warned
     spool.used_bytes = 0
-    spool._publish()
+    spool.publish()
     assert not spool._warned

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from forwarder.record import DeadLetter, Record
+from forwarder.spool_ballast import BALLAST_NAME
 from forwarder.spool_schema import (
-    BALLAST_NAME,
     DATABASE_NAME,
     SCHEMA_VERSION,
     SpoolUnusableError,

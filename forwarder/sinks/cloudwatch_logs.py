@@ -12,14 +12,13 @@ an event loses its longest values first, named in ``forwarder.truncated``, with 
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
 import structlog
-from msgspec import Raw
 
 from forwarder import __version__
 from forwarder.alert import encode as json_encode
@@ -30,6 +29,7 @@ from forwarder.config import PriorityName, setting
 from forwarder.contract import Again, DeliveryError, Permanent, Permission, Reject, Transient
 from forwarder.pace import Pace
 from forwarder.record import UNPARSED, Record, stream_name
+from forwarder.shorten import shortened, unparsed_body
 from forwarder.timestamp import iso_milliseconds
 
 EVENT_OVERHEAD_BYTES = 26
@@ -38,6 +38,7 @@ CALL_BYTES_MAX = 1_000_000
 EVENT_BYTES_MAX = CALL_BYTES_MAX - EVENT_OVERHEAD_BYTES
 EVENTS_MAX = 10_000
 DAY_MS = 86_400_000
+ACCOUNT_SECS = 300.0
 MARGIN_MS = 300_000
 """Kept from both ends of the accepted window, for the time a batch is under way."""
 PAST_MS_MAX, FUTURE_MS_MAX = 14 * DAY_MS, 2 * 3_600_000
@@ -68,13 +69,8 @@ RETENTION_DAYS = frozenset(
         3653,
     }
 )
-CUT_ROUNDS_MAX = 64
-CUT_VALUE_BYTES_MIN = 64
-_WELL_KNOWN: tuple[str, ...] = ("time", "rule", "priority", "source", "hostname", "uuid")
-_ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 
 log = structlog.get_logger("cloudwatch_logs")
-_members = msgspec.json.Decoder(dict[str, Raw])
 
 
 class CloudWatchLogsSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,7 +82,7 @@ class CloudWatchLogsSettings(msgspec.Struct, frozen=True, kw_only=True):
         setting(
             "Log group, created where it is missing. Required.",
             max_length=512,
-            pattern=r"^[.\-_/#A-Za-z0-9]*$",
+            pattern=r"^[.\-_/#A-Za-z0-9]*\Z",
         ),
     ] = ""
     log_stream: Annotated[
@@ -111,14 +107,14 @@ class CloudWatchLogsSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 1.0
     concurrency_max: Annotated[int, setting("Calls at a time; adapts below it.", ge=1, le=16)] = 4
     role_arn: Annotated[
-        str, setting("Role to assume for this sink.", pattern=r"^(arn:[a-z-]+:iam::\d{12}:role/.+)?$")
+        str, setting("Role to assume for this sink.", pattern=r"^(arn:[a-z-]+:iam::[0-9]{12}:role/[^\s]+)?\Z")
     ] = ""
     external_id: Annotated[str, setting("External id for that role.")] = ""
 
     def faults(self) -> Iterator[tuple[str, str]]:
         if self.enabled and not self.log_group:
             yield "log_group", "is required where the sink is enabled"
-        if self.log_group.startswith("aws/"):
+        if self.log_group.lower().startswith("aws/"):
             yield "log_group", "must not begin with aws/"
         if self.retention_days not in RETENTION_DAYS:
             allowed = ", ".join(str(days) for days in sorted(RETENTION_DAYS))
@@ -155,8 +151,15 @@ class CloudWatchLogs:
         self._replica = replica
         self._now = now
         self._skew_secs = 0.0
+        self._ask_again_at = 0.0
         self._own_keys: tuple[str, bytes] = ("", b"")
         self.role = role_of(settings)
+        per_alert = "{hostname}" in settings.log_stream or "{date}" in settings.log_stream
+        self._stream = (
+            None
+            if per_alert
+            else stream_name(settings.log_stream, replica=replica, cluster=cluster, hostname="", day="")
+        )
         self.linger_secs = settings.linger_secs
         self.minimum_rank = rank(settings.minimum_priority) or 0
         self.pace = Pace(concurrency_max=settings.concurrency_max)
@@ -165,10 +168,7 @@ class CloudWatchLogs:
 
     async def open(self) -> None:
         """Make sure of group and retention. What we may not do, somebody else may have done: see in the call."""
-        try:
-            await self._aws.account()
-        except DeliveryError as error:
-            log.warning("account unknown, left out of events (set aws.account_id)", error=str(error))
+        await self._learn_account()
         try:
             await self._create_group()
         except (Permission, Permanent) as error:
@@ -182,12 +182,16 @@ class CloudWatchLogs:
         message = self._message(record, adjusted=adjusted)
         truncated = len(message) > EVENT_BYTES_MAX
         if truncated:
-            message = self._cut(record, adjusted=adjusted)
+            message = shortened(
+                record,
+                EVENT_BYTES_MAX,
+                lambda body, notes: self._message(record, adjusted=adjusted, body=body, notes=notes),
+            )
         data = b'{"timestamp":%d,"message":%b}' % (timestamp, json_encode(message.decode()))
-        stream = self._settings.log_stream
-        if "{" in stream:
+        stream = self._stream
+        if stream is None:
             stream = stream_name(
-                stream,
+                self._settings.log_stream,
                 replica=self._replica,
                 cluster=self._cluster,
                 hostname=record.hostname,
@@ -216,12 +220,24 @@ class CloudWatchLogs:
         except Transient as error:
             if error.code != "not_found":
                 raise
-            await self._create_group()
+            with contextlib.suppress(Permission):  # perhaps it is only the stream that is missing
+                await self._create_group()
             await self._create(
                 "create_log_stream", logGroupName=self._settings.log_group, logStreamName=stream
             )
             answer = await self._put(body)
+        await self._learn_account()
         return self._rejects(answer, len(items))
+
+    async def _learn_account(self) -> None:
+        """Events go without their account where STS cannot be reached; ask again now and then."""
+        if self._aws.known_account or self._now() < self._ask_again_at:
+            return
+        self._ask_again_at = self._now() + ACCOUNT_SECS
+        try:
+            await self._aws.account()
+        except DeliveryError as error:
+            log.warning("account unknown, left out of events (set aws.account_id)", error=str(error))
 
     async def _put(self, body: bytes) -> Any:
         client = self._aws.client("logs", self.role)
@@ -281,13 +297,13 @@ class CloudWatchLogs:
         return within, within != timestamp
 
     def _message(
-        self, record: Record, *, adjusted: bool, extra: bytes = b"", body: bytes | None = None
+        self, record: Record, *, adjusted: bool, body: bytes | None = None, notes: bytes | None = None
     ) -> bytes:
-        if record.kind == UNPARSED and body is None:
-            text = record.body.decode("utf-8", "replace")
-            body = json_encode({"unparsed": text})
-        body = record.body if body is None else body
-        parts = [body[:-1].rstrip(), b',"id":', json_encode(record.id), self._keys()]
+        """The event of a record; ``body`` and ``notes`` stand in for the record's own."""
+        if body is None:
+            body = unparsed_body(record) if record.kind == UNPARSED else record.body
+        notes = record.notes if notes is None else notes
+        parts = [body[:-1], b',"id":', json_encode(record.id), self._keys()]
         if record.enrichment:
             parts += (b",", record.enrichment)
         parts += (
@@ -299,9 +315,9 @@ class CloudWatchLogs:
         )
         if adjusted:
             parts.append(b',"timestamp_adjusted":true')
-        if record.notes:
-            parts += (b",", record.notes)
-        parts += (extra, b"}}")
+        if notes:
+            parts += (b",", notes)
+        parts.append(b"}}")
         return b"".join(parts)
 
     def _keys(self) -> bytes:
@@ -312,69 +328,3 @@ class CloudWatchLogs:
             encoded = json_encode({key: value for key, value in own.items() if value})
             self._own_keys = (account, b"," + encoded[1:-1] if len(encoded) > 2 else b"")  # noqa: PLR2004
         return self._own_keys[1]
-
-    # ---- alerts larger than an event ----------------------------------------------------------------
-
-    def _cut(self, record: Record, *, adjusted: bool) -> bytes:
-        """Cut the longest values until the event fits."""
-        if record.kind == UNPARSED:
-            members = {"unparsed": Raw(json_encode(record.body.decode("utf-8", "replace")))}
-        else:
-            members = dict(_members.decode(record.body))
-        fields: dict[str, Raw] | None
-        try:
-            fields = dict(_members.decode(members["output_fields"]))
-        except (KeyError, msgspec.MsgspecError):
-            fields = None
-        names: list[str] = []
-        for _ in range(CUT_ROUNDS_MAX):
-            if fields is not None:
-                members["output_fields"] = Raw(json_encode(fields))
-            message = self._message(
-                record, adjusted=adjusted, extra=self._cut_note(record, names), body=json_encode(members)
-            )
-            excess = len(message) - EVENT_BYTES_MAX
-            if excess <= 0:
-                return message
-            if not _cut_longest(members, fields, excess, names):
-                break
-        return self._envelope(record, members, adjusted=adjusted)
-
-    @staticmethod
-    def _cut_note(record: Record, names: list[str]) -> bytes:
-        digest = hashlib.sha256(record.body).hexdigest()
-        return b',"truncated":%b,"sha256":"%b"' % (json_encode(sorted(set(names))), digest.encode())
-
-    def _envelope(self, record: Record, members: dict[str, Raw], *, adjusted: bool) -> bytes:
-        """What is left of an alert whose keys alone are too many or too long: its well-known members."""
-        kept: dict[str, Raw] = {
-            key: members[key]
-            for key in _WELL_KNOWN
-            if key in members and len(bytes(members[key])) < 4096  # noqa: PLR2004
-        } or {"output": Raw(b'"(too large)"')}
-        return self._message(
-            record, adjusted=adjusted, extra=self._cut_note(record, ["*"]), body=json_encode(kept)
-        )
-
-
-def _cut_longest(
-    members: dict[str, Raw], fields: dict[str, Raw] | None, excess: int, names: list[str]
-) -> bool:
-    """Shorten the longest value by what is too much; False where nothing long is left."""
-    places = [
-        (len(bytes(raw)), "", key) for key, raw in members.items() if key != "output_fields" or fields is None
-    ]
-    places += [(len(bytes(raw)), "output_fields", key) for key, raw in (fields or {}).items()]
-    if not places:
-        return False
-    size, parent, key = max(places)
-    if size <= CUT_VALUE_BYTES_MIN:
-        return False
-    target = fields if parent and fields is not None else members
-    raw = bytes(target[key])
-    text = msgspec.json.decode(raw, type=str) if raw[:1] == b'"' else raw.decode("utf-8", "replace")
-    # Halve at least, so that escapes (one character, six bytes) cannot make many small rounds.
-    keep = max(CUT_VALUE_BYTES_MIN // 2, min(len(text) - excess - len(_ELLIPSIS), len(text) * 7 // 8))
-    target[key] = Raw(json_encode(text[:keep] + _ELLIPSIS))
-    names.append(f"{parent}.{key}" if parent else key)
-    return True

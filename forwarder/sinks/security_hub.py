@@ -9,6 +9,7 @@ One finding of a foreign account fails the whole call with AccessDenied.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -67,7 +68,7 @@ class SecurityHubSettings(msgspec.Struct, frozen=True, kw_only=True):
         str,
         setting(
             "Role to assume for this sink, as in a central security account: findings then belong to the role's account.",
-            pattern=r"^(arn:[a-z-]+:iam::\d{12}:role/.+)?$",
+            pattern=r"^(arn:[a-z-]+:iam::[0-9]{12}:role/[^\s]+)?\Z",
         ),
     ] = ""
     external_id: Annotated[str, setting("External id for that role.")] = ""
@@ -76,8 +77,8 @@ class SecurityHubSettings(msgspec.Struct, frozen=True, kw_only=True):
         for rule, advice in self.remediation.items():
             if not (advice.text or "").strip() and not advice.url:
                 yield f"remediation.{rule}", "needs a text or a url"
-            if advice.url and not advice.url.startswith(("https://", "http://")):
-                yield f"remediation.{rule}.url", "must begin with https:// or http://"
+            if advice.url and not re.match(r"https?://\S+\Z", advice.url):
+                yield f"remediation.{rule}.url", "must be a URL that begins with https:// or http://"
 
 
 class SecurityHub:
@@ -151,10 +152,14 @@ class SecurityHub:
         client = self._aws.client("securityhub", self.role)
         answer = await self._aws.call(client, "batch_import_findings", body)
         rejects: dict[int, Reject] = {}
+        named = 0
         for failed in answer.get("FailedFindings") or ():
-            for place in positions.get(failed.get("Id", ""), ()):
+            places = positions.get(failed.get("Id", ""), ())
+            named += bool(places)
+            for place in places:
                 rejects[place] = _classify(failed)
-        if answer.get("FailedCount", 0) and not rejects:
+        if named < answer.get("FailedCount", 0):
+            # Sending all of them again is harmless; taking a failure for success would not be.
             raise Transient("findings failed, but the answer does not say which", code="unknown")
         return rejects
 

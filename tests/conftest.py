@@ -1,0 +1,110 @@
+"""Fixtures for all tests: the fake AWS, a running forwarder, and a watch on the event loop."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import traceback
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from blockbuster import BlockBuster, BlockingError
+from blockbuster import blockbuster as blockbuster_module
+
+from forwarder import delivery, logs, receiver, spool
+from forwarder.app import Application
+from tests.fakes.aws import FakeAws
+from tests.running import Running, Start, settings_of
+
+
+@pytest.fixture(autouse=True)
+def nothing_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails a test in which code of ``forwarder`` blocks the event loop. Tests themselves may block.
+
+    SQLite is not in the way: it runs in the spool's writer thread, which has no loop.
+    """
+    calls: list[str] = []
+
+    class NotedError(BlockingError):
+        """Also seen where the code under test swallows it."""
+
+        def __init__(self, func: str) -> None:
+            super().__init__(func)
+            ours = [
+                frame for frame in traceback.extract_stack() if f"{os.sep}forwarder{os.sep}" in frame.filename
+            ]
+            calls.append(f"{func} in {ours[-1].name}, line {ours[-1].lineno}" if ours else func)
+
+    monkeypatch.setattr(blockbuster_module, "BlockingError", NotedError)
+    watch = BlockBuster("forwarder")
+    for function in watch.functions.values():
+        # The SDK reads its service models and credential files once, before the listener opens.
+        function.can_block_in("forwarder/aws.py", {"_create"})
+        # The configuration is read before there is a loop; only tests read it later.
+        function.can_block_in("forwarder/config.py", {"_read"})
+        # A traceback is rendered with its source lines.
+        function.can_block_in("structlog/_base.py", {"_proxy_to_logger"})
+    watch.activate()
+    try:
+        yield
+    finally:
+        watch.deactivate()
+    assert not calls, f"blocked the event loop: {calls}"
+
+
+@pytest.fixture
+async def aws(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FakeAws]:
+    """A started fake, and an environment that leads the SDK there and nowhere else."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    async with FakeAws(rate_limits=False) as fake:
+        settings = fake.environment() | dict.fromkeys(
+            ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull
+        )
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        yield fake
+
+
+@pytest.fixture
+async def forwarder(aws: FakeAws, tmp_path: Path) -> AsyncIterator[Start]:
+    """Starts forwarders on this test's spool; the second one after the first was stopped."""
+    started: list[Running] = []
+
+    async def start(changes: Mapping[str, Any] | None = None) -> Running:
+        running = Running(Application(settings_of(tmp_path, changes), validate=True))
+        await running.app.start()
+        started.append(running)
+        return running
+
+    yield start
+    for running in started:
+        await running.stop()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Periods that nobody configures, shortened: back-off, probe, sweep, housekeeping, lingering close."""
+    monkeypatch.setattr(delivery, "BACKOFF_BASE_SECS", 0.02)
+    monkeypatch.setattr(delivery, "BACKOFF_MAX_SECS", 0.2)
+    monkeypatch.setattr(delivery, "PROBE_SECS", 0.1)
+    monkeypatch.setattr(receiver, "SWEEP_SECS", 0.05)
+    monkeypatch.setattr(receiver, "LINGER_SECS", 0.1)
+    monkeypatch.setattr(spool, "HOUSEKEEPING_SECS", 0.05)
+
+
+@pytest.fixture
+def log_lines() -> Iterator[io.StringIO]:
+    """Everything that is logged, as the program writes it."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    stream = io.StringIO()
+    logs.configure("info", stream)
+    yield stream
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
