@@ -208,7 +208,7 @@ class Application:
     # ---- what the admin port asks -------------------------------------------------------------------
 
     def alive(self) -> str:
-        silence = asyncio.get_running_loop().time() - self.spool.writer_beat
+        silence = self.spool.writer_silence_secs()
         if silence > WRITER_SILENCE_SECS_MAX:
             return f"the spool's writer has not moved for {silence:.0f} s"
         return ""

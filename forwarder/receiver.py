@@ -118,7 +118,8 @@ class _Connection(RequestHandler):
     def data_received(self, data: bytes) -> None:
         if self.heard_at is None:
             self.heard_at = self._loop.time()
-        self.chunk = data
+        if data:  # aiohttp calls itself with nothing to parse what it kept
+            self.chunk = data
         super().data_received(data)
 
     def answered(self, body: bytes) -> None:

@@ -100,12 +100,9 @@ class Spool:
         self._arrivals: list[tuple[int, asyncio.Future[None]]] = []
         self._room: list[asyncio.Future[None]] = []
         self._tail = Tail(TAIL_BYTES_MAX)
-        self._average_bytes = 1500.0
-        self._waiting_bytes = 0
+        self._average_bytes, self._waiting_bytes = 1500.0, 0
         self._commit_bytes_max = COMMIT_BYTES_MAX
-        self._closed = False
-        self._unsettled = False
-        self._warned = False
+        self._unsettled = self._warned = False
         self.bytes_max = settings.bytes_max
         self.limit_bytes = settings.bytes_max
         """In force now: less than ``bytes_max`` after the volume was full."""
@@ -144,7 +141,6 @@ class Spool:
             async with asyncio.timeout(CLOSE_SECS_MAX):
                 while self._waiting or self._settling or self._committing:  # noqa: ASYNC110 - the last one out
                     await asyncio.sleep(0.005)
-        self._closed = True
         self._housekeeper.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._housekeeper
@@ -153,10 +149,8 @@ class Spool:
 
     # ---- writing ------------------------------------------------------------------------------------
 
-    @property
-    def writer_beat(self) -> float:
-        """Loop time at which the writer thread last finished something."""
-        return self._writer.beat
+    def writer_silence_secs(self) -> float:
+        return self._loop.time() - self._writer.beat
 
     @property
     def fill(self) -> float:
@@ -242,7 +236,6 @@ class Spool:
         return self.end - self.cursors[sink] - self._unparsed[sink]
 
     def pending_unparsed(self, sink: str) -> int:
-        """Unparsable bodies the sink has not passed."""
         return self._unparsed[sink]
 
     # ---- inside -------------------------------------------------------------------------------------

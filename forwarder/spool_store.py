@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import structlog
 
+from forwarder import spool_dead
 from forwarder.record import UNPARSED, DeadLetter, Record
 from forwarder.spool_ballast import Ballast, fitting_bytes
 from forwarder.spool_schema import (
@@ -34,8 +35,6 @@ from forwarder.spool_schema import (
 )
 
 BLOCKS_PER_DELETE_MAX = 4096
-DEAD_LETTERS_PER_PAGE_MAX = 1000
-RECEIVER = "receiver"
 
 log = structlog.get_logger("spool")
 
@@ -268,7 +267,9 @@ class Store:
             lowest = execute("SELECT coalesce(min(next), ?) FROM cursor", (self._end,)).fetchone()[0]
             freed_bytes, freed_records = self._delete_blocks(lowest)
             if expire:
-                dead_removed, dead_bytes = self._expire_dead(now)
+                dead_removed, dead_bytes = spool_dead.expire(
+                    self._db, now - self._dead_retention_secs, unparsed_bytes_max=self._unparsed_bytes_max
+                )
                 freed_bytes += dead_bytes
         except sqlite3.Error as error:
             self._rollback()
@@ -290,22 +291,11 @@ class Store:
 
     def dead_letters(self, before: int, limit: int) -> list[tuple[int, DeadLetter]]:
         """Newest first, numbers below ``before``."""
-        rows = self._db.execute(
-            "SELECT number, sink, id, reason, detail, at, body FROM dead WHERE number < ?"
-            " ORDER BY number DESC LIMIT ?",
-            (before, min(limit, DEAD_LETTERS_PER_PAGE_MAX)),
-        )
-        return [
-            (
-                number,
-                DeadLetter(sink=sink, id=identity, reason=reason, detail=detail, at=at, body=body),
-            )
-            for number, sink, identity, reason, detail, at, body in rows
-        ]
+        return spool_dead.page(self._db, before, limit)
 
     def count_dead(self) -> dict[str, int]:
         """Dead letters by sink."""
-        return dict(self._db.execute("SELECT sink, count(*) FROM dead GROUP BY sink"))
+        return spool_dead.count(self._db)
 
     def probe(self) -> None:
         """Write something small and durable, to learn whether the volume is well again."""
@@ -334,12 +324,7 @@ class Store:
             size = block_cost(len(payload))
         for sink, offset in batch.cursors.items():
             execute("UPDATE cursor SET next=? WHERE sink=?", (offset, sink))
-        for letter in batch.dead:
-            execute(
-                "INSERT INTO dead (sink, id, reason, detail, at, body) VALUES (?,?,?,?,?,?)",
-                (letter.sink, letter.id, letter.reason, letter.detail, letter.at, letter.body),
-            )
-            size += len(letter.body)
+        size += spool_dead.add(self._db, batch.dead)
         started = time.perf_counter()
         execute("COMMIT")
         return size, time.perf_counter() - started
@@ -347,7 +332,7 @@ class Store:
     def _settle_alone(self, batch: Batch, now: float) -> bool:
         """Cursors go on where records found no room. Bodies of the receiver's dead letters were not acked."""
         try:
-            ours = [letter for letter in batch.dead if letter.sink != RECEIVER]
+            ours = [letter for letter in batch.dead if letter.sink != spool_dead.RECEIVER]
             self._transaction(Batch([], batch.cursors, ours), now)
         except sqlite3.Error:
             self._rollback()
@@ -364,10 +349,15 @@ class Store:
         log.error("broken block set aside", first=first, alerts=n, error=str(error))
         execute = self._db.execute
         execute("BEGIN IMMEDIATE")
-        execute(
-            "INSERT INTO dead (sink, id, reason, detail, at, body) VALUES ('spool',?,'broken_block',?,?,?)",
-            (f"block-{first}", f"{n} alerts: {error}", time.time(), payload),
+        letter = DeadLetter(
+            sink="spool",
+            id=f"block-{first}",
+            reason="broken_block",
+            detail=f"{n} alerts: {error}",
+            at=time.time(),
+            body=payload,
         )
+        spool_dead.add(self._db, [letter])
         # Emptied, not removed: the other sinks must meet the same gap and count it.
         execute("UPDATE block SET payload=x'', codec=? WHERE first=?", (BROKEN, first))
         execute("COMMIT")
@@ -387,32 +377,6 @@ class Store:
         execute("UPDATE meta SET value=? WHERE key='end'", (self._end,))
         execute("COMMIT")
         return cost, records
-
-    def _expire_dead(self, now: float) -> tuple[int, int]:
-        """Remove dead letters past their retention, and the oldest unparsed bodies beyond their share."""
-        execute = self._db.execute
-        removed = freed = 0
-        old = execute(
-            "SELECT coalesce(max(number),0), count(*), coalesce(sum(length(body)),0) FROM dead WHERE at < ?",
-            (now - self._dead_retention_secs,),
-        ).fetchone()
-        if old[1]:
-            execute("DELETE FROM dead WHERE at < ?", (now - self._dead_retention_secs,))
-            removed, freed = old[1], old[2]
-        (unparsed,) = execute(
-            "SELECT coalesce(sum(length(body)),0) FROM dead WHERE sink=?", (RECEIVER,)
-        ).fetchone()
-        while unparsed > self._unparsed_bytes_max:
-            number, size = execute(
-                "SELECT number, length(body) FROM dead WHERE sink=? ORDER BY number LIMIT 1", (RECEIVER,)
-            ).fetchone()
-            execute("DELETE FROM dead WHERE number=?", (number,))
-            unparsed -= size
-            freed += size
-            removed += 1
-        if removed:
-            log.warning("dead letters past their retention removed", count=removed)
-        return removed, freed
 
 
 def _is_full(error: Exception) -> bool:

@@ -237,7 +237,8 @@ async def test_gauges_are_fresh_at_each_scrape(aws: FakeAws, forwarder: Start) -
     running = await forwarder()
     await running.post(*REAL_BODIES[:5], b"{")
     scrape = await running.scrape()
-    assert scrape.total("sink_pending", sink="cloudwatch_logs") == 6
+    assert scrape.total("sink_pending", sink="cloudwatch_logs") == 5
+    assert scrape.total("sink_pending_unparsed", sink="cloudwatch_logs") == 1
     assert scrape.total("spool_events") == 6
     assert scrape.total("spool_bytes") > 0
     assert scrape.total("dead_letter_events", sink="receiver") == 1
