@@ -160,8 +160,8 @@ class Bench:
             f"receiver: {{host: 127.0.0.1, port: {port}}}\nadmin: {{host: 127.0.0.1, port: {admin}}}\n"
             "log: {level: warning}\ndelivery: {drain_secs_max: 5}\nsinks:\n"
             "  cloudwatch_logs: {enabled: true, log_group: /falco/bench, minimum_priority: "
-            f"{'debug' if both else 'emergency'}}}\n"
-            f"  security_hub: {{enabled: {str(both).lower()}, rate_per_sec: 100000, burst: 100000}}\n"
+            f"{'debug' if both else 'emergency'}, linger_secs: 0.1}}\n"
+            f"  security_hub: {{enabled: {str(both).lower()}, rate_per_sec: 100000, burst: 100000, linger_secs: 0.1}}\n"
         )
         environment = (
             self.environment if aws else self.environment | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}

@@ -16,6 +16,11 @@ from pathlib import Path
 
 from aiohttp import web
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from forwarder.app import Application, load_settings
+from forwarder.logs import configure
+
 SAMPLE_SECS = 0.002
 
 
@@ -52,16 +57,12 @@ async def floor(port: int) -> None:
 
 
 async def forwarder(config: Path, *, sampled: bool) -> None:
-    from forwarder.app import Application, load_settings
-    from forwarder.logs import configure
-
     settings = load_settings(config)
     configure(settings.log.level)
     application = Application(settings)
     stop = stop_event()
     await application.start()
-    gc.collect()
-    gc.freeze()
+    application.tune_interpreter()
     lags: list[float] = []
     sampler = asyncio.create_task(sample(lags)) if sampled else None
     print("ready", flush=True)

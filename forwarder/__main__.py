@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import gc
 import signal
 import sys
 from collections.abc import Sequence
@@ -71,11 +70,7 @@ def _run(config: Path | None) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await application.start()
-        gc.collect()
-        gc.freeze()  # what start-up made stays: the collector need not look at it again
-        await stop.wait()
-        await application.stop()
+        await application.run(stop)
 
     try:
         asyncio.run(serve())

@@ -12,7 +12,7 @@ Only ``FindingProviderFields`` carries severity and types, so that a customer's 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from ipaddress import AddressValueError, IPv4Address
 from typing import Any, Literal, NamedTuple
@@ -20,7 +20,16 @@ from typing import Any, Literal, NamedTuple
 from forwarder.alert import encode as json_encode
 from forwarder.alert import present
 from forwarder.alert_fields import read
-from forwarder.asff_schema import FINDING_BYTES_MAX, PID_MAX, PRODUCT_FIELDS_MAX, faults, product_field_keys
+from forwarder.asff_schema import (
+    FINDING_BYTES_MAX,
+    PID_MAX,
+    PRODUCT_FIELDS_MAX,
+    PRODUCT_VALUE_MAX,
+    alike_faults,
+    product_field_keys,
+    resources_faults,
+    varying_faults,
+)
 from forwarder.asff_types import finding_types
 from forwarder.record import Record, stream_name
 from forwarder.timestamp import iso_milliseconds
@@ -50,7 +59,8 @@ SEVERITIES: dict[SeverityPreset, tuple[str, ...]] = {
 }
 """Severity label by syslog rank: ours, and that of the AWS guidance for Falco (2024)."""
 
-PRODUCT_VALUE_MAX = 2048
+PARTS_MAX, KEY_LENGTH_MAX = 2048, 2048
+JOINT_BYTES = 32
 SHORTER_VALUES = (1024, 512, 256)
 """Tried in turn where escapes and wide characters make a finding larger than the service takes."""
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
@@ -82,6 +92,9 @@ class Context(NamedTuple):
     severities: tuple[str, ...]
     remediation: Mapping[str, Advice]
 
+    def __hash__(self) -> int:
+        return id(self)  # there is one, and it lives as long as its sink
+
     @property
     def product_arn(self) -> str:
         return f"arn:{self.partition}:securityhub:{self.region}:{self.account}:product/{self.account}/default"
@@ -94,23 +107,13 @@ class UnmappableError(Exception):
 def encode(record: Record, context: Context) -> bytes:
     """The finding of a record, as JSON, checked.
 
+    Made of three parts: what all alerts of a rule have alike and the resources are remembered in their encoded and
+    checked form; the rest is new each time.
+
     Raises:
         UnmappableError: it would not be accepted.
 
     """
-    encoded = json_encode(build(record, context))
-    for value_max in SHORTER_VALUES:
-        if len(encoded) <= FINDING_BYTES_MAX:
-            break
-        encoded = json_encode(build(record, context, value_max=value_max))
-    fault = faults(encoded)
-    if fault:
-        raise UnmappableError(fault)
-    return encoded
-
-
-def build(record: Record, context: Context, *, value_max: int = PRODUCT_VALUE_MAX) -> dict[str, Any]:
-    """The finding of a record, as a dictionary in the shape of ``asff_schema.Finding``."""
     alert = read(record.body)
     fields = _fields(alert.output_fields)
     rule = present(alert.rule)
@@ -119,57 +122,109 @@ def build(record: Record, context: Context, *, value_max: int = PRODUCT_VALUE_MA
     hostname = present(alert.hostname)
     priority = present(alert.priority)
     tags = tuple(alert.tags) if alert.tags else ()
-    seen = iso_milliseconds(record.time_ns)
-    taken = iso_milliseconds(record.received_ns)
-    container = _container_id(fields)
-    finding: dict[str, Any] = {
+    container = _ContainerFields(*[fields.get(name, "") for name in _CONTAINER_NAMES])
+    alike = _recall(
+        _alike,
+        context,
+        rule,
+        rule or output,
+        priority,
+        record.priority,
+        tags,
+        source,
+        bool(container.identity),
+    )
+    resources = _recall(_resources, context, hostname, source, container)
+    own = {
+        "falco/source": source,
+        "falco/priority": priority,
+        "falco/time": present(alert.time),
+        "falco/hostname": hostname,
+        "falco/tags": ",".join(tags),
+    }
+    varying = _varying(record, context, output or rule, fields)
+    room = FINDING_BYTES_MAX - len(alike) - len(resources) - JOINT_BYTES
+    rest = _with_product_fields(varying, _product_fields(record, context, fields, own, PRODUCT_VALUE_MAX))
+    for value_max in SHORTER_VALUES:
+        if len(rest) <= room:
+            break
+        rest = _with_product_fields(varying, _product_fields(record, context, fields, own, value_max))
+    return b'{%b,%b,"Resources":%b}' % (alike[1:-1], rest[1:-1], resources)
+
+
+def _with_product_fields(varying: dict[str, Any], product: dict[str, str]) -> bytes:
+    varying["ProductFields"] = product
+    encoded = json_encode(varying)
+    _check(varying_faults(encoded, product))
+    return encoded
+
+
+def _check(fault: str) -> None:
+    if fault:
+        raise UnmappableError(fault)
+
+
+def _recall(part: Callable[..., bytes], context: Context, *key: Any) -> bytes:
+    """A part from memory, where its key is not too long to be kept."""
+    remembered = _MEMORIES[part]
+    if len(str(key)) <= KEY_LENGTH_MAX:
+        return remembered(context, *key)
+    return part(context, *key)
+
+
+def _alike(
+    context: Context,
+    rule: str,
+    title: str,
+    priority: str,
+    rank: int,
+    tags: tuple[str, ...],
+    source: str,
+    in_container: bool,
+) -> bytes:
+    """Members that all alerts of a rule share, encoded and checked."""
+    members: dict[str, Any] = {
         "SchemaVersion": "2018-10-08",
-        "Id": finding_id(record, context),
         "ProductArn": context.product_arn,
         "ProductName": "Falco",
         "CompanyName": "Falco",
         "GeneratorId": cut(f"falco/{rule or 'unknown'}", 512),
         "AwsAccountId": context.account,
+        "Title": cut(title, 256),
+        "FindingProviderFields": {
+            "Severity": {"Label": context.severities[rank], "Original": cut(priority or "unknown", 64)},
+            "Types": finding_types(tags, source, in_container=in_container),
+        },
+        "RecordState": "ACTIVE",
+    }
+    advice = context.remediation.get(rule)
+    if advice is not None:
+        recommendation = {"Text": advice.text and cut(advice.text, 512), "Url": advice.url}
+        members["Remediation"] = {"Recommendation": {k: v for k, v in recommendation.items() if v}}
+    encoded = json_encode(members)
+    _check(alike_faults(encoded))
+    return encoded
+
+
+def _varying(record: Record, context: Context, description: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Members that differ from alert to alert, but for the product fields."""
+    seen = iso_milliseconds(record.time_ns)
+    taken = iso_milliseconds(record.received_ns)
+    varying: dict[str, Any] = {
+        "Id": finding_id(record, context),
         "CreatedAt": taken,
         "UpdatedAt": taken,
         "FirstObservedAt": seen,
         "LastObservedAt": seen,
-        "Title": cut(rule or output, 256),
-        "Description": cut(output or rule, 1024),
-        "FindingProviderFields": {
-            "Severity": {
-                "Label": context.severities[record.priority],
-                "Original": cut(priority or "unknown", 64),
-            },
-            "Types": finding_types(tags, source, bool(container)),
-        },
-        "Resources": _resources(hostname, source, fields, container, context),
-        "ProductFields": _product_fields(
-            record,
-            context,
-            fields,
-            {
-                "falco/source": source,
-                "falco/priority": priority,
-                "falco/time": present(alert.time),
-                "falco/hostname": hostname,
-                "falco/tags": ",".join(tags),
-            },
-            value_max,
-        ),
-        "RecordState": "ACTIVE",
+        "Description": cut(description, 1024),
     }
     process = _process(fields)
     if process:
-        finding["Process"] = process
+        varying["Process"] = process
     connection = _connection(fields)
     if connection:
-        finding["Action"] = {"ActionType": "NETWORK_CONNECTION", "NetworkConnectionAction": connection}
-    advice = context.remediation.get(rule)
-    if advice is not None:
-        recommendation = {"Text": advice.text and cut(advice.text, 512), "Url": advice.url}
-        finding["Remediation"] = {"Recommendation": {k: v for k, v in recommendation.items() if v}}
-    return finding
+        varying["Action"] = {"ActionType": "NETWORK_CONNECTION", "NetworkConnectionAction": connection}
+    return varying
 
 
 def finding_id(record: Record, context: Context) -> str:
@@ -208,27 +263,58 @@ def _fields(members: dict[str, Any] | None) -> dict[str, str]:
     return values
 
 
-def _container_id(fields: Mapping[str, str]) -> str:
-    identity = fields.get("container.full_id") or fields.get("container.id") or ""
-    return "" if identity == "host" else identity
+class _ContainerFields(NamedTuple):
+    """What Falco says of a container, absent values empty, in the order of ``_CONTAINER_NAMES``."""
+
+    full_id: str
+    short_id: str
+    repository: str
+    image: str
+    tag: str
+    digest: str
+    image_id: str
+    name: str
+    privileged: str
+    pod: str
+    pod_by_plugin: str
+    namespace: str
+    namespace_by_plugin: str
+
+    @property
+    def identity(self) -> str:
+        identity = self.full_id or self.short_id
+        return "" if identity == "host" else identity
 
 
-def _resources(
-    hostname: str, source: str, fields: Mapping[str, str], container: str, context: Context
-) -> list[dict[str, Any]]:
+_CONTAINER_NAMES = (
+    "container.full_id",
+    "container.id",
+    "container.image.repository",
+    "container.image",
+    "container.image.tag",
+    "container.image.digest",
+    "container.image.id",
+    "container.name",
+    "container.privileged",
+    "k8s.pod.name",
+    "k8smeta.pod.name",
+    "k8s.ns.name",
+    "k8smeta.ns.name",
+)
+
+
+def _resources(context: Context, hostname: str, source: str, container: _ContainerFields) -> bytes:
+    """``Resources``, encoded and checked: container, host, cluster."""
     resources: list[dict[str, Any]] = []
-    if container:
-        resources.append(_container(fields, container))
+    if container.identity:
+        resources.append(_container(container))
     if hostname:
-        resources.append(
-            {
-                "Type": "Other",
-                "Id": cut(hostname, 512),
-                "Details": {"Other": {"hostname": cut(hostname, 1023)}},
-            }
-        )
+        other = {"hostname": cut(hostname, 1023)}
+        resources.append({"Type": "Other", "Id": cut(hostname, 512), "Details": {"Other": other}})
     if context.cluster:
-        resources.append(dict(_cluster(context.partition, context.region, context.account, context.cluster)))
+        arn = f"arn:{context.partition}:eks:{context.region}:{context.account}:cluster/{context.cluster}"
+        details = {"AwsEksCluster": {"Name": context.cluster, "Arn": arn}}
+        resources.append({"Type": "AwsEksCluster", "Id": arn, "Details": details})
     if not resources:
         resources.append({"Type": "Other", "Id": cut(f"falco/{source}", 512)})
     for resource in resources:
@@ -236,46 +322,43 @@ def _resources(
         if context.partition in _PARTITIONS:
             resource["Partition"] = context.partition
     resources[0]["ResourceRole"] = "Target"
-    return resources
+    encoded = json_encode(resources)
+    _check(resources_faults(encoded))
+    return encoded
 
 
-@lru_cache(maxsize=8)
-def _cluster(partition: str, region: str, account: str, name: str) -> dict[str, Any]:
-    arn = f"arn:{partition}:eks:{region}:{account}:cluster/{name}"
-    return {"Type": "AwsEksCluster", "Id": arn, "Details": {"AwsEksCluster": {"Name": name, "Arn": arn}}}
-
-
-def _container(fields: Mapping[str, str], identity: str) -> dict[str, Any]:
-    repository = fields.get("container.image.repository") or fields.get("container.image") or ""
-    tag = fields.get("container.image.tag", "")
-    image = f"{repository}:{tag}" if repository and tag else repository
-    typed: dict[str, Any] = {}
-    for member, value in (
-        ("Name", fields.get("container.name", "")),
-        ("ImageName", image),
-        ("ImageId", fields.get("container.image.digest") or fields.get("container.image.id") or ""),
-    ):
-        if value:
-            typed[member] = cut(value, 128)
-    if "container.privileged" in fields:
-        typed["Privileged"] = fields["container.privileged"] == "true"
-    details: dict[str, Any] = {}
-    if typed:
-        details["Container"] = typed
-    other = {
-        name: cut(value, 1023)
-        for name, value in (
-            ("pod", fields.get("k8s.pod.name") or fields.get("k8smeta.pod.name") or ""),
-            ("namespace", fields.get("k8s.ns.name") or fields.get("k8smeta.ns.name") or ""),
+def _container(fields: _ContainerFields) -> dict[str, Any]:
+    repository = fields.repository or fields.image
+    image = f"{repository}:{fields.tag}" if repository and fields.tag else repository
+    typed: dict[str, Any] = {
+        member: cut(value, 128)
+        for member, value in (
+            ("Name", fields.name),
+            ("ImageName", image),
+            ("ImageId", fields.digest or fields.image_id),
         )
         if value
     }
-    if other:
-        details["Other"] = other
-    resource: dict[str, Any] = {"Type": "Container", "Id": cut(identity, 512)}
+    if fields.privileged:
+        typed["Privileged"] = fields.privileged == "true"
+    other = {
+        name: cut(value, 1023)
+        for name, value in (
+            ("pod", fields.pod or fields.pod_by_plugin),
+            ("namespace", fields.namespace or fields.namespace_by_plugin),
+        )
+        if value
+    }
+    details = {name: part for name, part in (("Container", typed), ("Other", other)) if part}
+    resource: dict[str, Any] = {"Type": "Container", "Id": cut(fields.identity, 512)}
     if details:
         resource["Details"] = details
     return resource
+
+
+_MEMORIES: dict[Callable[..., bytes], Callable[..., bytes]] = {
+    part: lru_cache(maxsize=PARTS_MAX)(part) for part in (_alike, _resources)
+}
 
 
 def _product_fields(

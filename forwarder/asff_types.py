@@ -12,6 +12,9 @@ from functools import lru_cache
 
 from forwarder.asff_schema import TYPES_MAX
 
+USUAL_TAGS_MAX, USUAL_CHARACTERS_MAX = 32, 1024
+"""What rules really have; the tags of anything larger are not remembered."""
+
 _TACTICS = {
     "mitre_initial_access": "TTPs/Initial Access",
     "mitre_execution": "TTPs/Execution",
@@ -45,9 +48,14 @@ _MITRE_ID = re.compile(r"(TA\d{4}|T\d{4}(?:\.\d{3})?)(?:-.*)?\Z", re.ASCII)
 _BEHAVIOURS = {"k8s_audit": "User", "aws_cloudtrail": "User"}
 
 
-@lru_cache(maxsize=2048)
 def finding_types(tags: tuple[str, ...], source: str, in_container: bool) -> list[str]:
     """``Types`` of a finding: at least one, at most 50."""
+    if len(tags) <= USUAL_TAGS_MAX and len(source) + sum(map(len, tags)) <= USUAL_CHARACTERS_MAX:
+        return _remembered(tags, source, in_container)
+    return _types(tags, source, in_container)
+
+
+def _types(tags: tuple[str, ...], source: str, in_container: bool) -> list[str]:
     tactics: dict[str, None] = {}
     techniques: dict[str, None] = {}
     for tag in tags:
@@ -65,3 +73,6 @@ def finding_types(tags: tuple[str, ...], source: str, in_container: bool) -> lis
     if source.startswith("syscall"):
         return ["Unusual Behaviors/Container" if in_container else "Unusual Behaviors/Process"]
     return [f"Unusual Behaviors/{_BEHAVIOURS.get(source, 'Application')}"]
+
+
+_remembered = lru_cache(maxsize=2048)(_types)

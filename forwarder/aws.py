@@ -71,7 +71,9 @@ _PARTITIONS = {
     "cn-": "aws-cn",
     "us-gov-": "aws-us-gov",
     "us-isob-": "aws-iso-b",
+    "us-isof-": "aws-iso-f",
     "us-iso-": "aws-iso",
+    "eu-isoe-": "aws-iso-e",
     "eusc-": "aws-eusc",
 }
 _STS = frozenset({"AssumeRole", "AssumeRoleWithWebIdentity", "GetCallerIdentity"})

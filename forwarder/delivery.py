@@ -206,7 +206,9 @@ class Worker:
     async def _collect(self) -> Round:
         """Read from the cursor on until the batches of one round are full or nothing is left."""
         limits, concurrency = self.sink.limits, max(1, int(self.sink.pace.limit))
-        count_max = limits.records_max * concurrency
+        # Whole batches only, where there is one: what is left over fills the next one.
+        whole = min(concurrency, (self._spool.end - self._cursor) // limits.records_max)
+        count_max = limits.records_max * max(1, whole)
         bytes_max = min(limits.bytes_max * concurrency, ROUND_BYTES_MAX)
         current = Round(self.name, self._cursor)
         offset, size = self._cursor, 0
@@ -217,6 +219,8 @@ class Worker:
                     await self._skip(chunk.start + chunk.broken, lost=chunk.broken, unparsed=chunk.unparsed)
                 break
             for record in chunk.records:
+                if len(current.items) >= count_max:
+                    return current
                 size += self._take(current, record)
             offset = chunk.end
         return current

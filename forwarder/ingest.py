@@ -148,9 +148,40 @@ class Ingest:
         self._received += len(alerts)
         if decoded.utf8_replaced:
             self._metrics.utf8_replaced.inc()
+        for alert in alerts:
+            if not alert.priority_known:
+                self._metrics.unknown_priority.inc()
+            if alert.text:
+                self._metrics.text_mode.inc()
+                self._hint()
+        if len(alerts) == 1 and await self._take_one(alerts[0], utf8_replaced=decoded.utf8_replaced):
+            self._observe(self._now() - started)
+            return STORED
+        return await self._take_all(alerts, started, utf8_replaced=decoded.utf8_replaced)
+
+    async def _take_one(self, alert: Alert, *, utf8_replaced: bool) -> bool:
+        """The usual case, kept short: a new alert, and room for it. False leaves everything to do."""
+        digest = _digest(alert)
+        if digest in self._flying or digest in self._seen or not self._spool.admits(alert.rank):
+            return False
+        record = self._record(alert, digest, utf8_replaced=utf8_replaced)
+        done = self._flying[digest] = self._spool.append((record,))
+        try:
+            await done
+        except (SpoolFullError, SpoolFailedError):
+            return False
+        else:
+            self._seen.add(digest)
+            self._stored += 1
+            return True
+        finally:
+            del self._flying[digest]
+
+    async def _take_all(self, alerts: Sequence[Alert], started: float, *, utf8_replaced: bool) -> Answer:
+        """Any number of alerts, new and known, with patience where there is no room."""
         digests = [_digest(alert) for alert in alerts]
         missing = {
-            digest: self._record(alert, digest, utf8_replaced=decoded.utf8_replaced)
+            digest: self._record(alert, digest, utf8_replaced=utf8_replaced)
             for digest, alert in zip(digests, alerts, strict=True)
             if digest not in self._seen
         }
@@ -273,15 +304,12 @@ class Ingest:
         now_ns = self._now_ns()
         notes: list[bytes] = []
         if not alert.priority_known:
-            self._metrics.unknown_priority.inc()
             notes.append(b'"priority_unknown":true')
         if utf8_replaced:
             notes.append(b'"utf8_replaced":true')
         if alert.sender_keys:
             notes.append(b'"sender_keys":' + alert.sender_keys)
         if alert.text:
-            self._metrics.text_mode.inc()
-            self._hint()
             notes.append(b'"text_mode":true')
         return Record(
             TEXT if alert.text else ALERT,

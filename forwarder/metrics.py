@@ -14,9 +14,13 @@ The law at rest (nothing under way), which a test holds us to:
 from __future__ import annotations
 
 import sqlite3
+from bisect import bisect_left
 from collections.abc import Iterable
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from forwarder import __version__
 
@@ -64,6 +68,26 @@ _LATENCY = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 300, 900, 3600, 21600)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
+class Latency(Collector):
+    """A histogram for the path of every alert: cheaper than the library's, because no thread shares it."""
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterable[Metric]:
+        names = [*map(str, map(float, self._bounds)), "+Inf"]
+        buckets = list(zip(names, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+
+
 class Metrics:
     """All metrics of one application, in a registry of its own."""
 
@@ -106,9 +130,10 @@ class Metrics:
             "utf8_replaced_bodies", "Bodies in which invalid UTF-8 was replaced by U+FFFD"
         )
         self.held = self._gauge("held_requests", "Requests waiting for room in the spool")
-        self.ack_seconds = self._histogram(
-            "ack_seconds", "From the whole body to the durable answer", buckets=_FAST
+        self.ack_seconds = Latency(
+            f"{PREFIX}_ack_seconds", "From the whole body to the durable answer", _FAST
         )
+        self.registry.register(self.ack_seconds)
         requests = self._counter("http_requests", "Answers of the receiver", "status")
         self.requests = {
             status: requests.labels(str(status)) for status in (200, 400, 404, 405, 408, 413, 415, 500, 503)

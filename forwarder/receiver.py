@@ -19,13 +19,15 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import time
 from collections.abc import Callable
+from email.utils import formatdate
 from typing import Annotated, Any
 
 import aiohttp
 import msgspec
 import structlog
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import RequestHandler
 
 from forwarder.alert import encode
@@ -147,6 +149,40 @@ class _Connection(RequestHandler):
         return response
 
 
+class _Stored(web.Response):
+    """The usual answer: always the same bytes but for the date, so they are not put together for every alert.
+
+    Empty, because before 0.36 Falco prints the body. ``prepare`` and ``write_eof`` are all aiohttp asks of a response.
+    """
+
+    def __init__(self, *, closing: bool) -> None:
+        super().__init__()
+        self._closing = b"Connection: close\r\n" if closing else b""
+        self._second = 0
+        self._bytes = b""
+
+    @property
+    def keep_alive(self) -> bool:
+        return not self._closing
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the sender left")
+        second = int(time.time())
+        if second != self._second:
+            date = formatdate(second, usegmt=True).encode()
+            self._second = second
+            self._bytes = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nDate: %b\r\n%b\r\n" % (
+                date,
+                self._closing,
+            )
+        transport.write(self._bytes)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing follows."""
+
+
 class Receiver:
     """Listens, and turns ingest's outcome into an answer."""
 
@@ -165,6 +201,8 @@ class Receiver:
         self._now_ns = now_ns
         self._draining = False
         self._ok = 0
+        self._stored = _Stored(closing=False)
+        self._stored_closing = _Stored(closing=True)
         self._listener: asyncio.Server | None = None
         self.metrics = metrics
         self.port = 0
@@ -273,7 +311,10 @@ class Receiver:
         finally:
             connection.answered(body)
         if self._draining or self._loop.time() >= connection.expires_at:
-            response.force_close()
+            if response is self._stored:
+                response = self._stored_closing
+            else:
+                response.force_close()
             if not self._draining:
                 self.metrics.connections_closed["age"].inc()
         if response.status == HTTP_OK:
@@ -288,30 +329,26 @@ class Receiver:
         if request.path == "/test":
             body = self._test_alert()
         answer = await self._ingest.take(body)
-        return web.Response() if answer is STORED else _response(answer)
+        return self._stored if answer is STORED and _keeps(request) else _response(answer)
 
     async def _body(self, request: web.BaseRequest) -> tuple[bytes, web.Response | None]:
         """The whole body, or the refusal that ends the connection: the rest is not read."""
         content = request.content
         body = b""
-        refusal = self._refuse_by_header(request)
-        if refusal is None:
-            if content.is_eof():
-                body = content.read_nowait()
-            else:
-                body, refusal = await self._receive(request, content)
-            if refusal is None and len(body) > self._settings.body_bytes_max:
-                refusal = self._too_large()
+        refusal: web.Response | None = None
+        if request.headers.get("Content-Encoding", "identity") != "identity":
+            refusal = _refusal(415, "Content-Encoding is not accepted: Falco never compresses")
+        elif content.is_eof():
+            body = content.read_nowait()
+        elif (request.content_length or 0) > self._settings.body_bytes_max:
+            refusal = self._too_large()
+        else:
+            body, refusal = await self._receive(request, content)
+        if refusal is None and len(body) > self._settings.body_bytes_max:
+            refusal = self._too_large()
         if refusal is not None:
             refusal.force_close()
         return body, refusal
-
-    def _refuse_by_header(self, request: web.BaseRequest) -> web.Response | None:
-        if request.headers.get("Content-Encoding", "identity") != "identity":
-            return _refusal(415, "Content-Encoding is not accepted: Falco never compresses")
-        if (request.content_length or 0) > self._settings.body_bytes_max:
-            return self._too_large()
-        return None
 
     def _too_large(self) -> web.Response:
         return _refusal(413, f"body larger than {self._settings.body_bytes_max} bytes")
@@ -369,7 +406,14 @@ def _other_methods(request: web.BaseRequest) -> web.Response:
     return response
 
 
+def _keeps(request: web.BaseRequest) -> bool:
+    """HTTP/1.1 and no wish to close: the connection stays, and says nothing about it."""
+    return request.keep_alive and request.version == HttpVersion11
+
+
 def _response(answer: Answer) -> web.Response:
+    if answer.outcome is Outcome.STORED:
+        return web.Response()
     if answer.outcome is Outcome.UNPARSED:
         return _refusal(400, answer.fault)
     response = _refusal(503, answer.fault or "no room")

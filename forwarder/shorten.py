@@ -5,7 +5,7 @@ are, and no round looks at more than one encoding of the alert. ``forwarder.trun
 is that of the record's body before. Lengths are those of the JSON text in bytes, because that is what the service counts:
 a control character is one character and six bytes.
 
-What is left when keys alone are too many or too long: the well-known members, and ``truncated: ["*"]``.
+What is left when keys are too many or too long: the well-known members, and ``truncated: ["*"]``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from forwarder.alert import encode
 from forwarder.record import UNPARSED, Record
 
 ROUNDS_MAX = 8
+PLACES_MAX = 5_000
+"""With more members than that, looking at each would hold up the event loop."""
 VALUE_BYTES_MIN = 64
 WELL_KNOWN_BYTES_MAX = 4096
 WELL_KNOWN = ("time", "rule", "priority", "source", "hostname", "uuid", "output")
@@ -41,7 +43,7 @@ def shortened(record: Record, bytes_max: int, compose: Compose) -> bytes:
     body = unparsed_body(record) if record.kind == UNPARSED else record.body
     alert = _Values(body, record.notes)
     digest = hashlib.sha256(record.body).hexdigest()
-    for _ in range(ROUNDS_MAX):
+    for _ in range(ROUNDS_MAX if alert.count() <= PLACES_MAX else 0):
         event = compose(alert.body(), alert.notes(digest))
         if len(event) <= bytes_max:
             return event
@@ -62,6 +64,9 @@ class _Values:
             self._fields: dict[str, Raw] | None = dict(_members.decode(self._root["output_fields"]))
         except (KeyError, msgspec.MsgspecError):
             self._fields = None
+
+    def count(self) -> int:
+        return len(self._root) + len(self._fields or ())
 
     def body(self) -> bytes:
         if self._fields is not None:

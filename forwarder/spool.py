@@ -41,7 +41,7 @@ COMMIT_BYTES_MAX = 1 << 20
 HOUSEKEEPING_SECS = 1.0
 CLOSE_SECS_MAX = 5.0
 EXPIRY_SECS = 60.0
-FILL_WARN, FILL_SHED = 0.8, 0.9
+FILL_COMPRESS, FILL_WARN, FILL_SHED = 0.02, 0.8, 0.9
 SHED_RANK = 6
 """From 90 % on, Informational (6) and Debug (7) are refused."""
 
@@ -170,7 +170,7 @@ class Spool:
 
         """
         done = self._loop.create_future()
-        size = sum([record.size_bytes for record in records])
+        size = records[0].size_bytes if len(records) == 1 else sum([record.size_bytes for record in records])
         self._waiting.append(_Waiting(records, dead, size, done))
         self._waiting_bytes += size
         self._schedule()
@@ -253,7 +253,8 @@ class Spool:
         dead = [letter for item in waiting for letter in item.dead]
         dead += [letter for item in settling for letter in item.dead]
         cursors = {item.sink: item.offset for item in settling}
-        batch = Batch(records, cursors, dead)
+        # While sinks keep up, a block lives for a second: not worth a third of its cost. A backlog is.
+        batch = Batch(records, cursors, dead, compress=self.fill >= FILL_COMPRESS)
         now = self._now()
 
         def job() -> None:

@@ -90,11 +90,11 @@ def block_cost(payload_bytes: int) -> int:
     return size if size <= PACKED_BYTES_MAX else -(-size // PAGE_BYTES) * PAGE_BYTES
 
 
-def encode_block(records: list[Record]) -> tuple[int, int, bytes]:
+def encode_block(records: list[Record], *, compress: bool = True) -> tuple[int, int, bytes]:
     """Codec, CRC and payload of a block."""
     payload = _encoder.encode(records)
     codec = 0
-    if len(payload) >= COMPRESS_BYTES_MIN:
+    if compress and len(payload) >= COMPRESS_BYTES_MIN:
         payload, codec = zlib.compress(payload, 1), 1
     return codec, zlib.crc32(payload), payload
 

@@ -45,6 +45,7 @@ class Batch(NamedTuple):
     records: list[Record]
     cursors: dict[str, int]
     dead: list[DeadLetter]
+    compress: bool = True
 
 
 class Written(NamedTuple):
@@ -304,8 +305,11 @@ class Store:
     def _transaction(self, batch: Batch, now: float) -> tuple[int, float]:
         execute = self._db.execute
         size = 0
-        block = encode_block(batch.records) if batch.records else None
-        execute("BEGIN IMMEDIATE")
+        block = encode_block(batch.records, compress=batch.compress) if batch.records else None
+        alone = block is not None and not batch.cursors and not batch.dead
+        if not alone:  # a single statement is a transaction by itself
+            execute("BEGIN IMMEDIATE")
+        started = time.perf_counter()
         if block is not None:
             codec, crc, payload = block
             execute(
@@ -325,8 +329,9 @@ class Store:
         for sink, offset in batch.cursors.items():
             execute("UPDATE cursor SET next=? WHERE sink=?", (offset, sink))
         size += spool_dead.add(self._db, batch.dead)
-        started = time.perf_counter()
-        execute("COMMIT")
+        if not alone:
+            started = time.perf_counter()
+            execute("COMMIT")
         return size, time.perf_counter() - started
 
     def _settle_alone(self, batch: Batch, now: float) -> bool:

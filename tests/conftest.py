@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import os
@@ -19,6 +20,9 @@ from forwarder import delivery, logs, receiver, spool
 from forwarder.app import Application
 from tests.fakes.aws import FakeAws
 from tests.running import Running, Start, settings_of
+
+# looptime asks the policy for a loop, which would make one in each process that nobody closes.
+asyncio.set_event_loop(None)
 
 
 @pytest.fixture(autouse=True)

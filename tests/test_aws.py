@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import botocore.exceptions as sdk
+import botocore.session
 import pytest
 from aiohttp import web
 from botocore.parsers import ResponseParserError
@@ -65,6 +66,14 @@ def aws(make: Make) -> Aws:
 def without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
+
+
+def agent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Credentials would come from the EKS Pod Identity agent, which does not answer."""
+    without_credentials(monkeypatch)
+    monkeypatch.setattr("botocore.utils.ContainerMetadataFetcher.RETRY_ATTEMPTS", 1)
+    monkeypatch.setattr("botocore.utils.ContainerMetadataFetcher.SLEEP_TIME", 0)
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://127.0.0.1:1/credentials")
 
 
 async def error_of(call: Any) -> DeliveryError:
@@ -231,6 +240,22 @@ async def test_partition_of_the_region(fake: FakeAws, make: Make, region: str, p
     assert fake.calls == []
 
 
+async def test_partition_while_no_client_can_be_made(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeAws, make: Make
+) -> None:
+    """ARNs must be right all the same: the SDK's own table is the judge."""
+    agent_away(monkeypatch)
+    tables = botocore.session.get_session().get_component("data_loader").load_data("partitions")
+    found: dict[str, str] = {}
+    for table in tables["partitions"]:
+        region = next(name for name in sorted(table["regions"]) if not name.endswith("-global"))
+        aws = make(region=region)
+        await aws.open_clients([])
+        found[table["id"]] = aws.partition()
+    assert len(found) > 5
+    assert {name: seen for name, seen in found.items() if name != seen} == {}
+
+
 async def test_the_account_is_asked_for_once(aws: Aws, fake: FakeAws) -> None:
     await aws.open_clients([])
     assert aws.known_account == ""
@@ -297,6 +322,16 @@ FINDING = (
     b'"AwsAccountId":"111122223333","CreatedAt":"2026-01-01T00:00:00Z","UpdatedAt":"2026-01-01T00:00:00Z",'
     b'"Title":"t","Description":"d","Resources":[{"Type":"Other","Id":"x"}]}'
 )
+
+
+async def test_without_a_body_of_ours_the_sdk_writes_it(aws: Aws, fake: FakeAws) -> None:
+    await aws.open_clients([("logs", None)])
+    logs = aws.client("logs")
+    await aws.call(logs, "create_log_group", logGroupName="g")
+    await aws.call(logs, "create_log_stream", logGroupName="g", logStreamName="s")
+    event = {"timestamp": int(time.time() * 1000), "message": "written by the SDK"}
+    await aws.call(logs, "put_log_events", logGroupName="g", logStreamName="s", logEvents=[event])
+    assert [found.message for found in fake.events()] == ["written by the SDK"]
 
 
 async def test_a_slip_of_ours_is_found_where_the_sdk_checks(aws: Aws, fake: FakeAws) -> None:
@@ -371,6 +406,21 @@ async def test_credentials_that_appear_later_are_used(
     assert await aws.account() == "111122223333"
 
 
+async def test_calls_side_by_side_find_credentials_that_appeared(
+    monkeypatch: pytest.MonkeyPatch, fake: FakeAws, make: Make
+) -> None:
+    """One of them makes the client, and all use it."""
+    without_credentials(monkeypatch)
+    aws = make()
+    await aws.open_clients([("logs", None)])
+    logs = aws.client("logs")
+    await error_of(aws.call(logs, "create_log_group", logGroupName="g"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", fake.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", fake.secret_key)
+    await asyncio.gather(*(aws.call(logs, "create_log_group", logGroupName=f"g{n}") for n in range(5)))
+    assert len(fake.groups) == 5
+
+
 async def test_a_role_without_credentials_to_assume_it(
     monkeypatch: pytest.MonkeyPatch, fake: FakeAws, make: Make
 ) -> None:
@@ -385,10 +435,7 @@ async def test_clients_open_while_the_pod_identity_agent_is_away(
     monkeypatch: pytest.MonkeyPatch, fake: FakeAws, make: Make
 ) -> None:
     """Opening makes no call that may fail: the spool must take alerts whatever AWS does."""
-    without_credentials(monkeypatch)
-    monkeypatch.setattr("botocore.utils.ContainerMetadataFetcher.RETRY_ATTEMPTS", 1)
-    monkeypatch.setattr("botocore.utils.ContainerMetadataFetcher.SLEEP_TIME", 0)
-    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", "http://127.0.0.1:1/credentials")
+    agent_away(monkeypatch)
     aws = make()
     await aws.open_clients([("logs", None), ("logs", ROLE)])
     assert (await error_of(aws.account())).code == "credentials"

@@ -243,6 +243,20 @@ async def test_cancelling_a_call_that_waits_for_a_slot_loses_nothing(held_secs: 
     assert pace.in_flight == 0
 
 
+async def test_cancelling_a_call_in_the_moment_of_its_turn_passes_the_turn_on() -> None:
+    pace = Pace(concurrency_max=1)
+    starts: list[float] = []
+    async with pace.slot():
+        unlucky = asyncio.create_task(call(pace, starts))
+        last = asyncio.create_task(call(pace, starts))
+        await asyncio.sleep(0)
+    unlucky.cancel()  # its turn has come, but it has not run yet
+    async with asyncio.timeout(1):
+        await last
+    assert unlucky.cancelled()
+    assert (len(starts), pace.in_flight) == (1, 0)
+
+
 async def test_cancelling_a_call_that_waits_for_a_token_frees_its_slot() -> None:
     pace = Pace(concurrency_max=2, rate_per_sec=1, burst=1)
     starts: list[float] = []

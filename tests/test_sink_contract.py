@@ -12,7 +12,7 @@ import pytest
 from forwarder.aws import Aws, AwsSettings
 from forwarder.batch import Limits
 from forwarder.config import documented
-from forwarder.contract import Blocked, DeliveryError, Permanent, Permission, Reject, TooLarge, Transient
+from forwarder.contract import Blocked, DeliveryError, Permanent, Permission, TooLarge, Transient
 from forwarder.record import ALERT, Record
 from forwarder.sinks import SINKS, sink_class
 from tests.fakes.aws import FakeAws
@@ -127,15 +127,11 @@ async def test_a_cut_answer_and_a_reset_are_transient(sink: Any, aws: FakeAws) -
         one.clear()
 
 
-async def test_an_alert_of_four_megabytes_fits_or_is_rejected_alone(sink: Any, aws: FakeAws) -> None:
+async def test_an_alert_of_four_megabytes_is_cut_to_fit(sink: Any, aws: FakeAws) -> None:
     body = msgspec.json.encode({"rule": "r", "priority": "Notice", "output": "x" * (4 << 20)})
-    try:
-        item = sink.encode(record(1, body), 0)
-    except Reject as reject:
-        assert reject.reason == "unmappable"
-    else:
-        assert item.size_bytes <= sink.limits.bytes_max
-        assert await sink.deliver([item]) == {}
+    item = sink.encode(record(1, body), 0)
+    assert item.size_bytes <= sink.limits.bytes_max
+    assert await sink.deliver([item]) == {}
     assert not aws.validation_errors
 
 

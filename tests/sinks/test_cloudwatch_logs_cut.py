@@ -142,6 +142,14 @@ def test_characters_of_many_bytes_use_the_room_there_is(character: str, ascii_on
     assert size(event) > 0.5 * EVENT_BYTES_MAX
 
 
+@pytest.mark.parametrize("ends", ["\x01x", "x\x01", "\u4e2dx", '"\U0001f600'])
+def test_characters_of_different_sizes_in_one_value(ends: str) -> None:
+    """The beginning, which is kept, takes more or less room than the average."""
+    text = ends[0] * 250_000 + ends[1] * 600_000
+    event = cut(record_of({"rule": "r", "output": text}))
+    assert size(event) > 0.1 * EVENT_BYTES_MAX
+
+
 @pytest.mark.parametrize("raw", [b"x", b"\xff", b'"', b"\x00", "\u4e2d".encode()], ids=repr)
 def test_an_unparsed_body_of_four_megabytes(raw: bytes) -> None:
     body = (raw * (4 << 20))[: 4 << 20]
