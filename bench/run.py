@@ -325,7 +325,7 @@ def fill(directory: Path) -> None:
                 False,
                 alerts.next_body(),
                 hostname="node",
-            )  # noqa: FBT003
+            )
             for index in range(min(BLOCK, BACKLOG - first))
         ]
         written = store.write(Batch(records, {}, []), now)

@@ -32,7 +32,8 @@ from forwarder.delivery import DeliverySettings, Worker
 from forwarder.ingest import Ingest
 from forwarder.logs import LogSettings
 from forwarder.metrics import Metrics
-from forwarder.receiver import Receiver, ReceiverSettings
+from forwarder.receiver import Receiver
+from forwarder.receiver_settings import ReceiverSettings
 from forwarder.record import DeadLetter
 from forwarder.sinks import SINKS, sink_class
 from forwarder.spool import Spool

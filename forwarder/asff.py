@@ -12,14 +12,17 @@ Only ``FindingProviderFields`` carries severity and types, so that a customer's 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from ipaddress import AddressValueError, IPv4Address
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from forwarder.alert import encode as json_encode
 from forwarder.alert import present
 from forwarder.alert_fields import read
+from forwarder.asff_context import Context, check, cut
+from forwarder.asff_resources import CONTAINER_NAMES, ContainerFields
+from forwarder.asff_resources import resources as asff_resources
 from forwarder.asff_schema import (
     FINDING_BYTES_MAX,
     PID_MAX,
@@ -27,7 +30,6 @@ from forwarder.asff_schema import (
     PRODUCT_VALUE_MAX,
     alike_faults,
     product_field_keys,
-    resources_faults,
     varying_faults,
 )
 from forwarder.asff_types import finding_types
@@ -63,45 +65,9 @@ PARTS_MAX, KEY_LENGTH_MAX = 2048, 2048
 JOINT_BYTES = 32
 SHORTER_VALUES = (1024, 512, 256)
 """Tried in turn where escapes and wide characters make a finding larger than the service takes."""
-ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
-_PARTITIONS = frozenset({"aws", "aws-cn", "aws-us-gov", "aws-us-iso", "aws-us-iso-b"})
-"""What ``Resources[].Partition`` knows; elsewhere the member is left out."""
 
 _DIRECTIONS = {"connect": "OUT", "sendto": "OUT", "sendmsg": "OUT", "accept": "IN", "accept4": "IN"}
 _CONNECTION = re.compile(r"([\d.]{7,15}):(\d{1,5})->([\d.]{7,15}):(\d{1,5})\Z", re.ASCII)
-
-
-class Advice(NamedTuple):
-    """Remediation of a rule: a text, a URL, or both."""
-
-    text: str | None
-    url: str | None
-
-
-class Context(NamedTuple):
-    """What is the same for all findings of one forwarder."""
-
-    partition: str
-    region: str
-    account: str
-    cluster: str
-    replica: str
-    log_group: str
-    log_stream: str
-    """Template of the log stream; both are empty where CloudWatch Logs is off."""
-    severities: tuple[str, ...]
-    remediation: Mapping[str, Advice]
-
-    def __hash__(self) -> int:
-        return id(self)  # there is one, and it lives as long as its sink
-
-    @property
-    def product_arn(self) -> str:
-        return f"arn:{self.partition}:securityhub:{self.region}:{self.account}:product/{self.account}/default"
-
-
-class UnmappableError(Exception):
-    """The finding breaks a rule of the format in spite of all cutting; the message names it."""
 
 
 def encode(record: Record, context: Context) -> bytes:
@@ -122,9 +88,8 @@ def encode(record: Record, context: Context) -> bytes:
     hostname = present(alert.hostname)
     priority = present(alert.priority)
     tags = tuple(alert.tags) if alert.tags else ()
-    container = _ContainerFields(*[fields.get(name, "") for name in _CONTAINER_NAMES])
-    alike = _recall(
-        _alike,
+    container = ContainerFields(*[fields.get(name, "") for name in CONTAINER_NAMES])
+    alike_key = (
         context,
         rule,
         rule or output,
@@ -134,7 +99,10 @@ def encode(record: Record, context: Context) -> bytes:
         source,
         bool(container.identity),
     )
-    resources = _recall(_resources, context, hostname, source, container)
+    usual = len(rule or output) + len(priority) + len(source) + sum(map(len, tags)) <= KEY_LENGTH_MAX
+    alike = _remembered_alike(*alike_key) if usual else _alike(*alike_key)
+    usual = len(hostname) + len(source) + sum(map(len, container)) <= KEY_LENGTH_MAX
+    resources = (_remembered_resources if usual else asff_resources)(context, hostname, source, container)
     own = {
         "falco/source": source,
         "falco/priority": priority,
@@ -155,21 +123,8 @@ def encode(record: Record, context: Context) -> bytes:
 def _with_product_fields(varying: dict[str, Any], product: dict[str, str]) -> bytes:
     varying["ProductFields"] = product
     encoded = json_encode(varying)
-    _check(varying_faults(encoded, product))
+    check(varying_faults(encoded, product))
     return encoded
-
-
-def _check(fault: str) -> None:
-    if fault:
-        raise UnmappableError(fault)
-
-
-def _recall(part: Callable[..., bytes], context: Context, *key: Any) -> bytes:
-    """A part from memory, where its key is not too long to be kept."""
-    remembered = _MEMORIES[part]
-    if len(str(key)) <= KEY_LENGTH_MAX:
-        return remembered(context, *key)
-    return part(context, *key)
 
 
 def _alike(
@@ -202,7 +157,7 @@ def _alike(
         recommendation = {"Text": advice.text and cut(advice.text, 512), "Url": advice.url}
         members["Remediation"] = {"Recommendation": {k: v for k, v in recommendation.items() if v}}
     encoded = json_encode(members)
-    _check(alike_faults(encoded))
+    check(alike_faults(encoded))
     return encoded
 
 
@@ -232,23 +187,6 @@ def finding_id(record: Record, context: Context) -> str:
     return cut(f"falco/{context.region}/{context.account}/{context.cluster or '-'}/{record.id}", 512)
 
 
-def cut(text: str, length_max: int) -> str:
-    """``text`` within ``length_max`` UTF-16 units, cut at a character, with an ellipsis."""
-    if len(text) * 2 <= length_max:
-        return text
-    if text.isascii():
-        return text if len(text) <= length_max else text[: length_max - 1] + ELLIPSIS
-    if len(text.encode("utf-16-le", "replace")) // 2 <= length_max:
-        return text
-    room = length_max - 1
-    units = 0
-    for index, character in enumerate(text):
-        units += 2 if character > "\uffff" else 1
-        if units > room:
-            return text[:index] + ELLIPSIS
-    return text
-
-
 def _fields(members: dict[str, Any] | None) -> dict[str, str]:
     """Falco's output fields as texts, absent ones left out."""
     values: dict[str, str] = {}
@@ -263,102 +201,8 @@ def _fields(members: dict[str, Any] | None) -> dict[str, str]:
     return values
 
 
-class _ContainerFields(NamedTuple):
-    """What Falco says of a container, absent values empty, in the order of ``_CONTAINER_NAMES``."""
-
-    full_id: str
-    short_id: str
-    repository: str
-    image: str
-    tag: str
-    digest: str
-    image_id: str
-    name: str
-    privileged: str
-    pod: str
-    pod_by_plugin: str
-    namespace: str
-    namespace_by_plugin: str
-
-    @property
-    def identity(self) -> str:
-        identity = self.full_id or self.short_id
-        return "" if identity == "host" else identity
-
-
-_CONTAINER_NAMES = (
-    "container.full_id",
-    "container.id",
-    "container.image.repository",
-    "container.image",
-    "container.image.tag",
-    "container.image.digest",
-    "container.image.id",
-    "container.name",
-    "container.privileged",
-    "k8s.pod.name",
-    "k8smeta.pod.name",
-    "k8s.ns.name",
-    "k8smeta.ns.name",
-)
-
-
-def _resources(context: Context, hostname: str, source: str, container: _ContainerFields) -> bytes:
-    """``Resources``, encoded and checked: container, host, cluster."""
-    resources: list[dict[str, Any]] = []
-    if container.identity:
-        resources.append(_container(container))
-    if hostname:
-        other = {"hostname": cut(hostname, 1023)}
-        resources.append({"Type": "Other", "Id": cut(hostname, 512), "Details": {"Other": other}})
-    if context.cluster:
-        arn = f"arn:{context.partition}:eks:{context.region}:{context.account}:cluster/{context.cluster}"
-        details = {"AwsEksCluster": {"Name": context.cluster, "Arn": arn}}
-        resources.append({"Type": "AwsEksCluster", "Id": arn, "Details": details})
-    if not resources:
-        resources.append({"Type": "Other", "Id": cut(f"falco/{source}", 512)})
-    for resource in resources:
-        resource["Region"] = context.region
-        if context.partition in _PARTITIONS:
-            resource["Partition"] = context.partition
-    resources[0]["ResourceRole"] = "Target"
-    encoded = json_encode(resources)
-    _check(resources_faults(encoded))
-    return encoded
-
-
-def _container(fields: _ContainerFields) -> dict[str, Any]:
-    repository = fields.repository or fields.image
-    image = f"{repository}:{fields.tag}" if repository and fields.tag else repository
-    typed: dict[str, Any] = {
-        member: cut(value, 128)
-        for member, value in (
-            ("Name", fields.name),
-            ("ImageName", image),
-            ("ImageId", fields.digest or fields.image_id),
-        )
-        if value
-    }
-    if fields.privileged:
-        typed["Privileged"] = fields.privileged == "true"
-    other = {
-        name: cut(value, 1023)
-        for name, value in (
-            ("pod", fields.pod or fields.pod_by_plugin),
-            ("namespace", fields.namespace or fields.namespace_by_plugin),
-        )
-        if value
-    }
-    details = {name: part for name, part in (("Container", typed), ("Other", other)) if part}
-    resource: dict[str, Any] = {"Type": "Container", "Id": cut(fields.identity, 512)}
-    if details:
-        resource["Details"] = details
-    return resource
-
-
-_MEMORIES: dict[Callable[..., bytes], Callable[..., bytes]] = {
-    part: lru_cache(maxsize=PARTS_MAX)(part) for part in (_alike, _resources)
-}
+_remembered_alike = lru_cache(maxsize=PARTS_MAX)(_alike)
+_remembered_resources = lru_cache(maxsize=PARTS_MAX)(asff_resources)
 
 
 def _product_fields(

@@ -273,9 +273,8 @@ def _fault(decoder: Any, encoded: bytes) -> str:
 
 
 def _product_fault(fields: Mapping[str, str]) -> str:
-    lengths = [len(value) for value in fields.values()]
-    if not 1 <= len(lengths) <= PRODUCT_FIELDS_MAX:
-        return f"{len(lengths)} product fields, 1 to {PRODUCT_FIELDS_MAX} are allowed"
-    if min(lengths) < 1 or max(lengths) > PRODUCT_VALUE_MAX:
+    if not 1 <= len(fields) <= PRODUCT_FIELDS_MAX:
+        return f"{len(fields)} product fields, 1 to {PRODUCT_FIELDS_MAX} are allowed"
+    if not all(fields.values()) or max(map(len, fields.values())) > PRODUCT_VALUE_MAX:
         return f"a product field is empty or longer than {PRODUCT_VALUE_MAX}"
     return ""

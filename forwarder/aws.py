@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Annotated, Any
 
+import aiobotocore
 import aiohttp
 import botocore.exceptions as sdk
 import msgspec
@@ -232,7 +233,8 @@ class Aws:
             max_pool_connections=CONNECTIONS_MAX,
             retries={"mode": "standard", "total_max_attempts": SDK_ATTEMPTS_MAX},
             parameter_validation=self._validate,
-            user_agent_extra=f"falco-aws-forwarder/{__version__}",
+            # Given whole: the SDK would put its own together anew twice in every call, an eighth of its time.
+            user_agent=f"falco-aws-forwarder/{__version__} aiobotocore/{aiobotocore.__version__}",
             warm_up_loader_caches=True,
         )
 

@@ -53,6 +53,7 @@ REFUSALS_IN_A_ROW_MAX = 20
 """So many call-level dead letters without one success look like a fault of ours: pause between them."""
 SUSPECTS_MAX = 8
 """So many records without permission and not one accepted: it is not the records."""
+SLICE_RECORDS_MAX = 128
 ROUND_BYTES_MAX = 8 << 20
 """Memory one round may hold, filtered records included."""
 
@@ -111,7 +112,8 @@ class Worker:
         return self.sink.name
 
     def status(self) -> Status:
-        return self._progress.status(pending=self._spool.pending(self.name))
+        left = self._spool.pending(self.name) + self._spool.pending_unparsed(self.name)
+        return self._progress.status(pending=left)
 
     def publish(self) -> None:
         """Bring the gauges up to date (before a scrape)."""
@@ -213,7 +215,9 @@ class Worker:
         current = Round(self.name, self._cursor)
         offset, size = self._cursor, 0
         while offset < self._spool.end and size < bytes_max and len(current.items) < count_max:
-            chunk = await self._spool.read(offset, records_max=count_max, bytes_max=bytes_max - size)
+            chunk = await self._spool.read(
+                offset, records_max=min(count_max, SLICE_RECORDS_MAX), bytes_max=bytes_max - size
+            )
             if chunk.broken or chunk.start > offset:
                 if not current.records:
                     await self._skip(chunk.start + chunk.broken, lost=chunk.broken, unparsed=chunk.unparsed)
@@ -223,6 +227,7 @@ class Worker:
                     return current
                 size += self._take(current, record)
             offset = chunk.end
+            await asyncio.sleep(0)  # encoding a round at once would hold up the receiver
         return current
 
     def _take(self, current: Round, record: Record) -> int:

@@ -18,6 +18,7 @@ class Status(NamedTuple):
 
     state: str
     pending: int
+    """Everything the sink still has to do, unparsable bodies included: 0 means done."""
     recovered: int
     delivered: int
     filtered: int

@@ -154,26 +154,31 @@ class Ingest:
             if alert.text:
                 self._metrics.text_mode.inc()
                 self._hint()
-        if len(alerts) == 1 and await self._take_one(alerts[0], utf8_replaced=decoded.utf8_replaced):
-            self._observe(self._now() - started)
-            return STORED
+        if len(alerts) == 1:
+            answer = await self._take_one(alerts[0], utf8_replaced=decoded.utf8_replaced)
+            if answer is STORED:
+                self._observe(self._now() - started)
+                return answer
+            if answer is not None and self._hold_secs_max <= 0:
+                self._discard([alerts[0].rank], answer.outcome)
+                return answer
         return await self._take_all(alerts, started, utf8_replaced=decoded.utf8_replaced)
 
-    async def _take_one(self, alert: Alert, *, utf8_replaced: bool) -> bool:
-        """The usual case, kept short: a new alert, and room for it. False leaves everything to do."""
+    async def _take_one(self, alert: Alert, *, utf8_replaced: bool) -> Answer | None:
+        """The usual case, kept short: a new alert, and room for it. None where it is not that case."""
         digest = _digest(alert)
         if digest in self._flying or digest in self._seen or not self._spool.admits(alert.rank):
-            return False
+            return None
         record = self._record(alert, digest, utf8_replaced=utf8_replaced)
         done = self._flying[digest] = self._spool.append((record,))
         try:
             await done
-        except (SpoolFullError, SpoolFailedError):
-            return False
+        except (SpoolFullError, SpoolFailedError) as error:
+            return _refused(error)
         else:
             self._seen.add(digest)
             self._stored += 1
-            return True
+            return STORED
         finally:
             del self._flying[digest]
 

@@ -22,18 +22,17 @@ import socket
 import time
 from collections.abc import Callable
 from email.utils import formatdate
-from typing import Annotated, Any
+from typing import Any
 
 import aiohttp
-import msgspec
 import structlog
 from aiohttp import HttpVersion11, web
 from aiohttp.web_protocol import RequestHandler
 
 from forwarder.alert import encode
-from forwarder.config import setting
 from forwarder.ingest import STORED, Answer, Ingest, Outcome
 from forwarder.metrics import Metrics
+from forwarder.receiver_settings import ReceiverSettings
 from forwarder.timestamp import iso_milliseconds
 
 KEEP_ALIVE_SECS = 130.0
@@ -48,47 +47,38 @@ HTTP_OK = 200
 log = structlog.get_logger("receiver")
 
 
-class ReceiverSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of the receiver."""
+class _Stored(web.Response):
+    """The usual answer: always the same bytes but for the date, so they are not put together for every alert.
 
-    host: Annotated[str, setting("Address to listen on.")] = "0.0.0.0"  # noqa: S104 - a cluster service
-    port: Annotated[int, setting("Port Falco posts to; 0 takes a free one.", ge=0, le=65535)] = 2801
-    body_bytes_max: Annotated[
-        int, setting("Largest body; more is answered 413.", unit="bytes", ge=1024, le=64 << 20)
-    ] = 4 << 20
-    header_secs_max: Annotated[
-        float, setting("Longest time for a header to arrive.", unit="seconds", gt=0)
-    ] = 10.0
-    body_secs_max: Annotated[float, setting("Longest time for a body to arrive.", unit="seconds", gt=0)] = (
-        15.0
-    )
-    hold_secs_max: Annotated[
-        float,
-        setting(
-            "With a full spool, how long an answer is held before 503. Above 2 s Falco logs that its outputs are blocked.",
-            unit="seconds",
-            ge=0,
-            le=60,
-        ),
-    ] = 1.5
-    connection_age_secs_max: Annotated[
-        float,
-        setting(
-            "Age at which a connection is closed with its next answer, so that senders spread over replicas.",
-            unit="seconds",
-            gt=0,
-        ),
-    ] = 600.0
-    connections_max: Annotated[int, setting("Open connections.", unit="connections", ge=1)] = 10_000
-    drain_delay_secs: Annotated[
-        float,
-        setting(
-            "After SIGTERM, how long new connections are still accepted while endpoints are withdrawn.",
-            unit="seconds",
-            ge=0,
-            le=600,
-        ),
-    ] = 2.0
+    Empty, because before 0.36 Falco prints the body. ``prepare`` and ``write_eof`` are all aiohttp asks of a response.
+    """
+
+    def __init__(self, *, closing: bool) -> None:
+        super().__init__()
+        self._closing = b"Connection: close\r\n" if closing else b""
+        self._second = 0
+        self._bytes = b""
+
+    @property
+    def keep_alive(self) -> bool:
+        return not self._closing
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the sender left")
+        second = int(time.time())
+        if second != self._second:
+            date = formatdate(second, usegmt=True).encode()
+            self._second = second
+            self._bytes = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nDate: %b\r\n%b\r\n" % (
+                date,
+                self._closing,
+            )
+        transport.write(self._bytes)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing follows."""
 
 
 class _Connection(RequestHandler):
@@ -147,40 +137,6 @@ class _Connection(RequestHandler):
         if status in self._receiver.metrics.requests:
             self._receiver.metrics.requests[status].inc()
         return response
-
-
-class _Stored(web.Response):
-    """The usual answer: always the same bytes but for the date, so they are not put together for every alert.
-
-    Empty, because before 0.36 Falco prints the body. ``prepare`` and ``write_eof`` are all aiohttp asks of a response.
-    """
-
-    def __init__(self, *, closing: bool) -> None:
-        super().__init__()
-        self._closing = b"Connection: close\r\n" if closing else b""
-        self._second = 0
-        self._bytes = b""
-
-    @property
-    def keep_alive(self) -> bool:
-        return not self._closing
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        transport = request.transport
-        if transport is None:
-            raise ConnectionResetError("the sender left")
-        second = int(time.time())
-        if second != self._second:
-            date = formatdate(second, usegmt=True).encode()
-            self._second = second
-            self._bytes = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nDate: %b\r\n%b\r\n" % (
-                date,
-                self._closing,
-            )
-        transport.write(self._bytes)
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing follows."""
 
 
 class Receiver:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from forwarder import asff
 from forwarder.alert import PRIORITIES
-from forwarder.asff import SEVERITIES, Advice, Context, UnmappableError, cut
+from forwarder.asff import SEVERITIES
+from forwarder.asff_context import Advice, Context, UnmappableError, cut
 from forwarder.asff_schema import FINDING_BYTES_MAX, faults
 from forwarder.record import Record
 from tests.fakes.aws_asff import finding_faults

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from forwarder import asff
-from forwarder.asff import SEVERITIES, Advice, Context
+from forwarder.asff import SEVERITIES
+from forwarder.asff_context import Advice, Context
 from forwarder.asff_schema import FINDING_BYTES_MAX, KEYS_MAX, faults, product_field_keys
 from tests.fakes.aws_asff import finding_faults
 from tests.samples import record_of

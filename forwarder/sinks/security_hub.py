@@ -17,7 +17,8 @@ import msgspec
 
 from forwarder import asff
 from forwarder.alert import rank
-from forwarder.asff import SEVERITIES, Advice, Context, SeverityPreset
+from forwarder.asff import SEVERITIES, SeverityPreset
+from forwarder.asff_context import Advice, Context, UnmappableError
 from forwarder.aws import Aws, Role
 from forwarder.batch import Item, Limits
 from forwarder.config import PriorityName, setting
@@ -139,7 +140,7 @@ class SecurityHub:
             raise RuntimeError("encode before open")
         try:
             data = asff.encode(record, self._context)
-        except asff.UnmappableError as error:
+        except UnmappableError as error:
             raise Reject("unmappable", str(error)) from error
         key = asff.finding_id(record, self._context)
         return Item(index=index, data=data, size_bytes=len(data) + 1, key=key)

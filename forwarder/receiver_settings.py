@@ -1,0 +1,52 @@
+"""Settings of the receiver (section ``receiver``)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from forwarder.config import setting
+
+
+class ReceiverSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of the receiver."""
+
+    host: Annotated[str, setting("Address to listen on.")] = "0.0.0.0"  # noqa: S104 - a cluster service
+    port: Annotated[int, setting("Port Falco posts to; 0 takes a free one.", ge=0, le=65535)] = 2801
+    body_bytes_max: Annotated[
+        int, setting("Largest body; more is answered 413.", unit="bytes", ge=1024, le=64 << 20)
+    ] = 4 << 20
+    header_secs_max: Annotated[
+        float, setting("Longest time for a header to arrive.", unit="seconds", gt=0)
+    ] = 10.0
+    body_secs_max: Annotated[float, setting("Longest time for a body to arrive.", unit="seconds", gt=0)] = (
+        15.0
+    )
+    hold_secs_max: Annotated[
+        float,
+        setting(
+            "With a full spool, how long an answer is held before 503. Above 2 s Falco logs that its outputs are blocked.",
+            unit="seconds",
+            ge=0,
+            le=60,
+        ),
+    ] = 1.5
+    connection_age_secs_max: Annotated[
+        float,
+        setting(
+            "Age at which a connection is closed with its next answer, so that senders spread over replicas.",
+            unit="seconds",
+            gt=0,
+        ),
+    ] = 600.0
+    connections_max: Annotated[int, setting("Open connections.", unit="connections", ge=1)] = 10_000
+    drain_delay_secs: Annotated[
+        float,
+        setting(
+            "After SIGTERM, how long new connections are still accepted while endpoints are withdrawn.",
+            unit="seconds",
+            ge=0,
+            le=600,
+        ),
+    ] = 2.0
