@@ -10,7 +10,7 @@ cursors and dead letters the delivery workers want written. Nobody is told of su
 Invariants:
 
 - An ``append`` that returned is on disk; one that raised left nothing behind.
-- Offsets are given in the order of storing; ``[cursor, end)`` is what a sink still has to settle.
+- Offsets follow the order of storing; ``[cursor, end)`` is what a sink still has to settle.
 - Above 90 % of the quota only alerts of priority Notice and higher find room, at 100 % none. Nothing stored
   is ever evicted to make room.
 - Memory is bounded: ``spool_tail`` for sinks that are up to date, blocks from disk for others. A start never
@@ -39,7 +39,7 @@ TAIL_BYTES_MAX = 4 << 20
 COMMIT_RECORDS_MAX = 1024
 COMMIT_BYTES_MAX = 1 << 20
 HOUSEKEEPING_SECS = 1.0
-CLOSE_SECS_MAX = 5.0
+CLOSE_SECS_MAX, FULL_SECS_MIN = 5.0, 3.0
 EXPIRY_SECS = 60.0
 FILL_COMPRESS, FILL_WARN, FILL_SHED = 0.02, 0.8, 0.9
 SHED_RANK = 6
@@ -103,6 +103,7 @@ class Spool:
         self._average_bytes, self._waiting_bytes = 1500.0, 0
         self._commit_bytes_max = COMMIT_BYTES_MAX
         self._unsettled = self._warned = False
+        self._full_at = 0.0
         self.bytes_max = settings.bytes_max
         self.limit_bytes = settings.bytes_max
         """In force now: less than ``bytes_max`` after the volume was full."""
@@ -113,8 +114,7 @@ class Spool:
         self.oldest: dict[str, float] = {}
         self.dead: dict[str, int] = {}
         self._unparsed: dict[str, int] = {}
-        self.failure = ""
-        """Why the volume does not take writes, or nothing."""
+        self.failure = ""  # why the volume does not take writes
 
     # ---- life ---------------------------------------------------------------------------------------
 
@@ -328,6 +328,7 @@ class Spool:
         if full:
             # What fitted is all there is until the ballast can be written again.
             self.limit_bytes = min(self.limit_bytes, int(self.used_bytes * FILL_SHED))
+            self._full_at = self._loop.time()
         elif not self.failure:
             log.error("spool cannot be written, nothing is acknowledged", error=str(error))
         if not full:
@@ -374,7 +375,8 @@ class Spool:
             if not done.freed_records:
                 break
         self.oldest = done.oldest
-        if done.ballast and self.limit_bytes != self.bytes_max:
+        calm = self._loop.time() - self._full_at >= FULL_SECS_MIN
+        if done.ballast and calm and self.limit_bytes != self.bytes_max:
             log.info("volume has room again")
             self.limit_bytes = self.bytes_max
         for waiter in self._room:

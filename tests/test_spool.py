@@ -13,6 +13,7 @@ import pytest
 from forwarder.metrics import Metrics
 from forwarder.record import DeadLetter, Record
 from forwarder.spool import (
+    FULL_SECS_MIN,
     TAIL_BYTES_MAX,
     Spool,
     SpoolFailedError,
@@ -194,6 +195,9 @@ async def test_a_full_volume_lowers_the_quota_to_what_fitted_until_there_is_room
     assert not spool.failure, "full is not broken"
     assert not spool.admits(0)
     broken.mend()
+    await spool._round(expire=False)
+    assert not spool.admits(7), "not at once: readiness must not flicker"
+    spool._full_at -= FULL_SECS_MIN
     await spool._round(expire=False)
     assert spool.admits(7)
 
