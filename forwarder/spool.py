@@ -102,8 +102,7 @@ class Spool:
         self._tail = Tail(TAIL_BYTES_MAX)
         self._average_bytes, self._waiting_bytes = 1500.0, 0
         self._commit_bytes_max = COMMIT_BYTES_MAX
-        self._unsettled = self._warned = False
-        self._full_at = 0.0
+        self._unsettled, self._warned, self._full_at = False, False, 0.0
         self.bytes_max = settings.bytes_max
         self.limit_bytes = settings.bytes_max
         """In force now: less than ``bytes_max`` after the volume was full."""
