@@ -193,7 +193,7 @@ class Application:
             sinks=[worker.name for worker in self.workers],
             receiver_port=self.receiver.port,
             admin_port=self.admin.port,
-            waiting=self.spool.events,
+            waiting=max((worker.status().pending for worker in self.workers), default=0),
             sync=self.settings.spool.sync,
         )
 
@@ -202,7 +202,7 @@ class Application:
         self._draining = True
         self._delay = self.settings.receiver.drain_delay_secs if delay else 0.0
         await self._stack.aclose()
-        log.info("stopped", waiting=self.spool.events)
+        log.info("stopped", waiting=max((worker.status().pending for worker in self.workers), default=0))
 
     @staticmethod
     def tune_interpreter() -> None:

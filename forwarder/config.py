@@ -75,6 +75,8 @@ def load(schema: type[S], path: Path | None, environment: Mapping[str, str] | No
     """
     faults: list[Fault] = []
     data = _read(path, faults) if path else {}
+    if faults:  # what the rest lacks is only the file
+        raise ConfigError(faults)
     _merge_environment(schema, data, os.environ if environment is None else environment, faults)
     settings = _decode_struct(schema, data, "", faults)
     if faults or settings is None:

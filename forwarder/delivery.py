@@ -52,7 +52,7 @@ PROBE_SECS = 60.0
 REFUSALS_IN_A_ROW_MAX = 20
 """So many call-level dead letters without one success look like a fault of ours: pause between them."""
 SUSPECTS_MAX = 8
-"""So many records without permission and not one accepted: it is not the records."""
+"""So many records of one round without permission: it is not the records."""
 SLICE_RECORDS_MAX = 128
 ROUND_BYTES_MAX = 8 << 20
 """Memory one round may hold, filtered records included."""
@@ -220,7 +220,8 @@ class Worker:
             )
             if chunk.broken or chunk.start > offset:
                 if not current.records:
-                    await self._skip(chunk.start + chunk.broken, lost=chunk.broken, unparsed=chunk.unparsed)
+                    lost = chunk.start + chunk.broken - offset
+                    await self._skip(offset + lost, lost=lost, unparsed=chunk.unparsed)
                 break
             for record in chunk.records:
                 if len(current.items) >= count_max:
@@ -333,7 +334,7 @@ class Worker:
         if isinstance(error, Permission):
             # Its own fault, or ours altogether? Known when the round is over.
             current.suspects.append((item, error))
-            if len(current.suspects) >= SUSPECTS_MAX and not current.accepted:
+            if len(current.suspects) >= SUSPECTS_MAX:
                 raise Blocked(str(error), code="permission")
             return
         self._refusals_in_a_row += 1

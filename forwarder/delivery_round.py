@@ -67,7 +67,8 @@ class Round:
             sink=self.sink,
             id=record.id,
             reason=reason,
-            detail=detail[:DETAIL_LENGTH_MAX],
+            # A service may send half a surrogate pair, which no database takes.
+            detail=detail[:DETAIL_LENGTH_MAX].encode("utf-8", "replace").decode(),
             at=at,
             body=record.body,
         )

@@ -352,7 +352,7 @@ class Spool:
                 self._schedule()
             try:
                 await self._round(expire=expire)
-            except sqlite3.Error as error:
+            except Exception as error:  # noqa: BLE001 - the housekeeper outlives every fault
                 self._metrics.spool_errors.inc()
                 if not self.failure:
                     log.error("spool cannot be written, nothing is acknowledged", error=str(error))

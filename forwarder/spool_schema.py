@@ -30,8 +30,9 @@ import fcntl
 import os
 import sqlite3
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import msgspec
 import structlog
@@ -233,7 +234,6 @@ def _set_aside(path: Path, suffix: str) -> Path:
 
 def _salvage(broken: Path, connection: sqlite3.Connection) -> None:
     """Copy what a broken database still gives: whole blocks with a right CRC, cursors, dead letters."""
-    blocks = 0
     try:
         source = sqlite3.connect(f"{broken.as_uri()}?mode=ro", uri=True, isolation_level=None)
     except sqlite3.Error:
@@ -245,15 +245,36 @@ def _salvage(broken: Path, connection: sqlite3.Connection) -> None:
                 for row in source.execute(f"SELECT * FROM {table}"):  # noqa: S608 - fixed names
                     marks = ",".join("?" * len(row))
                     connection.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", row)  # noqa: S608
-        with contextlib.suppress(sqlite3.Error, BrokenBlockError):
-            for row in source.execute("SELECT * FROM block ORDER BY first"):
-                codec, crc, payload = row[3], row[4], row[7]
-                decode_block(codec, crc, payload)
-                connection.execute("INSERT OR REPLACE INTO block VALUES (?,?,?,?,?,?,?,?)", row)
-                blocks += 1
+        blocks = 0
+        for row in _readable(source):
+            blocks += 1
+            connection.execute(
+                "INSERT OR REPLACE INTO block VALUES (?,?,?,?,?,?,?,?)", _verified(row, connection)
+            )
     connection.execute(
         "UPDATE meta SET value = max(value, (SELECT coalesce(max(first + n), 0) FROM block),"
         " (SELECT coalesce(max(next), 0) FROM cursor)) WHERE key = 'end'"
     )
     connection.execute("COMMIT")
     log.warning("read what could be read of the broken spool", blocks=blocks, path=str(broken))
+
+
+def _readable(source: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:
+    """Blocks until the database gives no more."""
+    with contextlib.suppress(sqlite3.Error):
+        yield from source.execute("SELECT * FROM block ORDER BY first")
+
+
+def _verified(row: tuple[Any, ...], connection: sqlite3.Connection) -> tuple[Any, ...]:
+    """A block as it is, or emptied and marked, with its bytes as a dead letter, so that every sink counts the gap."""
+    first, n, created, codec, crc, cost, unparsed, payload = row
+    try:
+        if codec != BROKEN:
+            decode_block(codec, crc, payload)
+    except BrokenBlockError as error:
+        connection.execute(
+            "INSERT INTO dead (sink, id, reason, detail, at, body) VALUES ('spool',?,'broken_block',?,?,?)",
+            (f"block-{first}", f"{n} alerts: {error}", created, payload),
+        )
+        return (first, n, created, BROKEN, crc, cost, unparsed, b"")
+    return row

@@ -141,13 +141,13 @@ class Store:
         )
         self._db = opened.connection
         try:
-            self._adopt(sinks)
+            self._adopt(sinks, salvaged=opened.quarantined is not None)
         except sqlite3.OperationalError as error:
             self._rollback()
             if not _is_full(error):
                 raise
             self._ballast.give_up()
-            self._adopt(sinks)
+            self._adopt(sinks, salvaged=opened.quarantined is not None)
         execute = self._db.execute
         records, cost = execute("SELECT coalesce(sum(n),0), coalesce(sum(cost),0) FROM block").fetchone()
         (dead_bytes,) = execute("SELECT coalesce(sum(length(body)),0) FROM dead").fetchone()
@@ -164,7 +164,7 @@ class Store:
             quarantined=opened.quarantined,
         )
 
-    def _adopt(self, wanted: set[str]) -> None:
+    def _adopt(self, wanted: set[str], *, salvaged: bool) -> None:
         """Find the end of the log and bring the cursors in line with the enabled sinks."""
         execute = self._db.execute
         (blocks_end,) = execute("SELECT coalesce(max(first + n), 0) FROM block").fetchone()
@@ -176,7 +176,9 @@ class Store:
         for name in existing.keys() - wanted:
             execute("DELETE FROM cursor WHERE sink=?", (name,))
         for name in wanted - existing.keys():
-            execute("INSERT INTO cursor VALUES (?,?)", (name, self._end))
+            # A new sink starts at the present; one whose cursor was lost with a broken database, at the beginning.
+            oldest = execute("SELECT min(first) FROM block").fetchone()[0] if salvaged else None
+            execute("INSERT INTO cursor VALUES (?,?)", (name, self._end if oldest is None else oldest))
         execute("UPDATE meta SET value=? WHERE key='end'", (self._end,))
         execute("COMMIT")
 
@@ -236,7 +238,8 @@ class Store:
                 if records:
                     break
                 start = max(first, offset)
-                return Chunk(start, first + n, [], first + n - start, unparsed)
+                lost = first + n - start
+                return Chunk(start, first + n, [], lost, min(unparsed, lost))
             if not records:
                 start = max(first, offset)
                 block = block[start - first :]
@@ -245,6 +248,8 @@ class Store:
             size += sum(record.size_bytes for record in block)
             if size >= bytes_max or len(records) >= records_max:
                 break
+        if not records:  # a gap up to the end
+            return Chunk(self._end, self._end, [], 0)
         return Chunk(start, end, records, 0)
 
     def _block(self, first: int, n: int, codec: int, crc: int, payload: bytes) -> list[Record] | None:
@@ -306,6 +311,8 @@ class Store:
         execute = self._db.execute
         size = 0
         block = encode_block(batch.records, compress=batch.compress) if batch.records else None
+        if self._db.in_transaction:  # left by a fault: nothing may be acknowledged inside it
+            execute("ROLLBACK")
         alone = block is not None and not batch.cursors and not batch.dead
         if not alone:  # a single statement is a transaction by itself
             execute("BEGIN IMMEDIATE")
@@ -339,7 +346,7 @@ class Store:
         try:
             ours = [letter for letter in batch.dead if letter.sink != spool_dead.RECEIVER]
             self._transaction(Batch([], batch.cursors, ours), now)
-        except sqlite3.Error:
+        except Exception:  # noqa: BLE001 - whatever it is, the writer goes on and tries again
             self._rollback()
             return False
         return True
@@ -353,19 +360,23 @@ class Store:
         """Set a broken block aside as one dead letter that holds its bytes."""
         log.error("broken block set aside", first=first, alerts=n, error=str(error))
         execute = self._db.execute
-        execute("BEGIN IMMEDIATE")
-        letter = DeadLetter(
-            sink="spool",
-            id=f"block-{first}",
-            reason="broken_block",
-            detail=f"{n} alerts: {error}",
-            at=time.time(),
-            body=payload,
-        )
-        spool_dead.add(self._db, [letter])
-        # Emptied, not removed: the other sinks must meet the same gap and count it.
-        execute("UPDATE block SET payload=x'', codec=? WHERE first=?", (BROKEN, first))
-        execute("COMMIT")
+        try:
+            execute("BEGIN IMMEDIATE")
+            letter = DeadLetter(
+                sink="spool",
+                id=f"block-{first}",
+                reason="broken_block",
+                detail=f"{n} alerts: {error}",
+                at=time.time(),
+                body=payload,
+            )
+            spool_dead.add(self._db, [letter])
+            # Emptied, not removed: the other sinks must meet the same gap and count it.
+            execute("UPDATE block SET payload=x'', codec=? WHERE first=?", (BROKEN, first))
+            execute("COMMIT")
+        except sqlite3.Error:
+            self._rollback()
+            raise
 
     def _delete_blocks(self, lowest: int) -> tuple[int, int]:
         execute = self._db.execute

@@ -367,3 +367,50 @@ def test_probe_fails_on_a_closed_database_and_works_on_an_open_one(tmp_path: Pat
     store.close()
     with pytest.raises(sqlite3.ProgrammingError):
         store.probe()
+
+
+def test_salvage_passes_over_a_broken_block_and_counts_it(tmp_path: Path) -> None:
+    """Blocks behind it come over too, and the gap is met by every sink."""
+    store = store_at(tmp_path)
+    store.open(SINKS)
+    for number in range(5):
+        store.write(Batch([noise(number)], {}, []), NOW)
+    store.close()
+    flip_block(tmp_path, 1)
+    connection = sqlite3.connect(tmp_path / DATABASE_NAME)
+    connection.execute("DELETE FROM meta")  # makes the whole database suspect
+    connection.execute("DELETE FROM cursor")
+    connection.commit()
+    connection.close()
+    store = store_at(tmp_path)
+    state = store.open(SINKS)
+    assert state.quarantined is not None
+    assert (state.records, state.end) == (5, 5)
+    assert state.cursors == dict.fromkeys(SINKS, 0), "lost cursors begin at the beginning"
+    assert store.read(0, records_max=9, bytes_max=1 << 20).records == [noise(0)]
+    assert store.read(1, records_max=9, bytes_max=1 << 20).broken == 1
+    assert store.read(2, records_max=9, bytes_max=1 << 20).records == [noise(2), noise(3), noise(4)]
+    assert state.dead == {"spool": 1}
+    store.close()
+
+
+def test_a_transaction_left_open_by_a_fault_takes_no_acknowledgement_with_it(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    store.open(SINKS)
+    store._db.execute("BEGIN IMMEDIATE")
+    assert store.write(Batch([record(0)], {}, []), NOW).error is None
+    assert not store._db.in_transaction
+    assert store.write(Batch([], {"logs": 1}, []), NOW).settled
+    store.close()
+    store = store_at(tmp_path)
+    assert store.open(SINKS).records == 1
+    store.close()
+
+
+def test_a_dead_letter_no_database_takes_does_not_stop_the_writer(tmp_path: Path) -> None:
+    store = store_at(tmp_path)
+    store.open(SINKS)
+    bad = DeadLetter(sink="logs", id="x", reason="invalid", detail="\ud83d", at=NOW, body=b"")
+    assert not store.write(Batch([], {"logs": 0}, [bad]), NOW).settled
+    assert store.write(Batch([record(0)], {}, []), NOW).error is None
+    store.close()

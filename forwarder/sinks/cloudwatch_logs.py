@@ -26,7 +26,7 @@ from forwarder.alert import rank
 from forwarder.aws import Aws, Role
 from forwarder.batch import Item, Limits
 from forwarder.config import PriorityName, setting
-from forwarder.contract import Again, DeliveryError, Permanent, Permission, Reject, Transient
+from forwarder.contract import Again, Blocked, DeliveryError, Permanent, Permission, Reject, Transient
 from forwarder.pace import Pace
 from forwarder.record import UNPARSED, Record, stream_name
 from forwarder.shorten import shortened, unparsed_body
@@ -209,6 +209,7 @@ class CloudWatchLogs:
 
     async def deliver(self, items: Sequence[Item]) -> dict[int, Reject]:
         """PutLogEvents; a missing group or stream is made on the way."""
+        await self._learn_account()
         stream = items[0].partition
         body = b'{"logGroupName":%b,"logStreamName":%b,"logEvents":[%b]}' % (
             json_encode(self._settings.log_group),
@@ -220,14 +221,20 @@ class CloudWatchLogs:
         except Transient as error:
             if error.code != "not_found":
                 raise
+            await self._prepare(stream)
+            answer = await self._put(body)
+        return self._rejects(answer, len(items))
+
+    async def _prepare(self, stream: str) -> None:
+        """Make what is missing. What we may not or cannot make is no fault of the alerts: ``Blocked``."""
+        try:
             with contextlib.suppress(Permission):  # perhaps it is only the stream that is missing
                 await self._create_group()
             await self._create(
                 "create_log_stream", logGroupName=self._settings.log_group, logStreamName=stream
             )
-            answer = await self._put(body)
-        await self._learn_account()
-        return self._rejects(answer, len(items))
+        except (Permission, Permanent) as error:
+            raise Blocked(str(error), code=error.code) from error
 
     async def _learn_account(self) -> None:
         """Events go without their account where STS cannot be reached; ask again now and then."""

@@ -15,7 +15,7 @@ from aiohttp import web
 from forwarder import __version__
 from forwarder.aws import Aws, AwsSettings
 from forwarder.batch import Item, pack
-from forwarder.contract import Again, DeliveryError, Permanent, Permission, Reject, Transient
+from forwarder.contract import Again, Blocked, DeliveryError, Permanent, Permission, Reject, Transient
 from forwarder.record import TEXT, UNPARSED, Record
 from forwarder.sinks.cloudwatch_logs import (
     CALL_BYTES_MAX,
@@ -317,7 +317,7 @@ async def test_a_missing_stream_is_made_without_the_right_to_make_the_group(
 async def test_no_right_to_make_the_stream_is_told_as_such(make: Make, fake: FakeAws) -> None:
     sink = await make()
     fake.fail("CreateLogStream", status=400, code="AccessDeniedException", times=None)
-    with pytest.raises(Permission):
+    with pytest.raises(Blocked):
         await sink.deliver([sink.encode(recent({"rule": "r"}), 0)])
 
 
