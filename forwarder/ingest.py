@@ -4,7 +4,7 @@ Decode, de-duplicate, enrich from memory, append to the spool, and only then say
 nothing of HTTP and never waits on a network; the receiver maps its outcome to an answer.
 
 - **De-duplication.** Falco's HTTP client sends the very same bytes again when a kept-alive connection breaks
-  after the request was read. An alert whose bytes came before (10 minutes at least, 100,000 alerts at most) is
+  after the request was read. An alert whose bytes came before (10 to 20 minutes, but no further back than 50,000 to 100,000 alerts) is
   acknowledged and counted, not stored again. A duplicate of an alert whose commit is under way waits for
   that commit: it is never acknowledged before the first one is durable.
 - **No room.** The answer is held up to ``receiver.hold_secs_max``; time is the only backpressure Falco
@@ -125,7 +125,7 @@ class Ingest:
         """Fold what was counted since the last time into the metrics, and forget old digests.
 
         Counting in plain integers keeps four metric updates off the path of every alert; the application calls
-        this every second and before each scrape.
+        this several times a second and before each scrape.
         """
         metrics = self._metrics
         metrics.received.inc(self._received)

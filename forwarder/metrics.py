@@ -136,7 +136,7 @@ class Metrics:
         self.registry.register(self.ack_seconds)
         requests = self._counter("http_requests", "Answers of the receiver", "status")
         self.requests = {
-            status: requests.labels(str(status)) for status in (200, 400, 404, 405, 408, 413, 415, 500, 503)
+            status: requests.labels(str(status)) for status in (200, 400, 405, 408, 413, 415, 500, 503)
         }
         self.connections = self._gauge("connections", "Open connections of senders")
         closed = self._counter("connections_closed", "Connections closed by a limit", "limit")

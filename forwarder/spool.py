@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +30,7 @@ import structlog
 from forwarder.metrics import Metrics
 from forwarder.record import UNPARSED, DeadLetter, Record
 from forwarder.spool_settings import SpoolSettings
-from forwarder.spool_store import Batch, Chunk, Store, Written
+from forwarder.spool_store import Batch, Chunk, Store, Written, is_full
 from forwarder.spool_tail import Tail
 from forwarder.spool_writer import Writer
 
@@ -323,7 +322,7 @@ class Spool:
 
     def _refused(self, waiting: list[_Waiting], error: Exception) -> None:
         self._metrics.spool_errors.inc()
-        full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+        full = is_full(error)
         if full:
             # What fitted is all there is until the ballast can be written again.
             self.limit_bytes = min(self.limit_bytes, int(self.used_bytes * FILL_SHED))

@@ -144,7 +144,7 @@ class Store:
             self._adopt(sinks, salvaged=opened.quarantined is not None)
         except sqlite3.OperationalError as error:
             self._rollback()
-            if not _is_full(error):
+            if not is_full(error):
                 raise
             self._ballast.give_up()
             self._adopt(sinks, salvaged=opened.quarantined is not None)
@@ -211,7 +211,7 @@ class Store:
             self._rollback()
             if not isinstance(error, sqlite3.Error):
                 log.exception("records cannot be written")
-            if _is_full(error):
+            if is_full(error):
                 self._ballast.give_up()
             settled = True
             if batch.cursors or batch.dead:
@@ -279,7 +279,7 @@ class Store:
                 freed_bytes += dead_bytes
         except sqlite3.Error as error:
             self._rollback()
-            if _is_full(error):
+            if is_full(error):
                 self._ballast.give_up()
         ballast = self._ballast.secure()
         if not ballast:
@@ -395,5 +395,6 @@ class Store:
         return cost, records
 
 
-def _is_full(error: Exception) -> bool:
+def is_full(error: Exception) -> bool:
+    """Whether the volume or the database has no room, as against any other fault."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
