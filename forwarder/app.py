@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import random
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,8 @@ from forwarder.config import ConfigError as ConfigError  # noqa: PLC0414 - part 
 from forwarder.config import load, setting
 from forwarder.contract import Sink
 from forwarder.delivery import DeliverySettings, Worker
+from forwarder.enricher import Enricher, Enrichment
+from forwarder.enrichment import ENRICHERS, enricher_class
 from forwarder.ingest import Ingest
 from forwarder.logs import LogSettings
 from forwarder.metrics import Metrics
@@ -59,6 +62,20 @@ class ClusterSettings(msgspec.Struct, frozen=True, kw_only=True):
             pattern=r"^([0-9A-Za-z][A-Za-z0-9_-]{0,99})?\Z",
         ),
     ] = ""
+    arn: Annotated[
+        str,
+        setting(
+            "ARN of the EKS cluster; made of region, account and name where it is empty.",
+            pattern=r"^(arn:[a-z-]+:eks:[a-z0-9-]+:[0-9]{12}:cluster/[0-9A-Za-z][A-Za-z0-9_-]{0,99})?\Z",
+        ),
+    ] = ""
+    account_id: Annotated[
+        str,
+        setting(
+            "Account of the cluster and its instances; the caller's where it is empty.",
+            pattern=r"^([0-9]{12})?\Z",
+        ),
+    ] = ""
 
 
 class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,19 +86,15 @@ class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = ""
 
 
-_Sinks: Any = msgspec.defstruct(
-    "SinksSettings",
-    [
-        (
-            name,
-            sink_class(name).settings_type,
-            msgspec.field(default_factory=sink_class(name).settings_type),
-        )
-        for name in SINKS
-    ],
-    frozen=True,
-    kw_only=True,
-)
+def _sections(title: str, names: Iterable[str], class_of: Callable[[str], Any]) -> Any:
+    """A struct with one section per registered component."""
+    types = [(name, class_of(name).settings_type) for name in names]
+    members = [(name, kind, msgspec.field(default_factory=kind)) for name, kind in types]
+    return msgspec.defstruct(title, members, frozen=True, kw_only=True)
+
+
+_Sinks: Any = _sections("SinksSettings", SINKS, sink_class)
+_Enrichment: Any = _sections("EnrichmentSettings", ENRICHERS, enricher_class)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +108,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     delivery: DeliverySettings = msgspec.field(default_factory=DeliverySettings)
     aws: AwsSettings = msgspec.field(default_factory=AwsSettings)
     log: LogSettings = msgspec.field(default_factory=LogSettings)
+    enrichment: _Enrichment = msgspec.field(default_factory=_Enrichment)
     sinks: _Sinks = msgspec.field(default_factory=_Sinks)
 
     def faults(self) -> Iterator[tuple[str, str]]:
@@ -124,6 +138,7 @@ class Application:
         *,
         now: Callable[[], float] = time.time,
         now_ns: Callable[[], int] = time.time_ns,
+        monotonic: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
         validate: bool = False,
     ) -> None:
@@ -140,6 +155,17 @@ class Application:
         self.spool = Spool(settings.spool, sinks=names, metrics=self.metrics, now=now)
         self.aws = Aws(settings.aws, validate=validate)
         self.sinks = [build_sink(name, settings, self.aws, now) for name in names]
+        self.enrichers = [
+            self._enricher(name, monotonic)
+            for name in ENRICHERS
+            if getattr(settings.enrichment, name).enabled is not False
+        ]
+        self.enrichment = Enrichment(
+            self.enrichers,
+            now=monotonic,
+            failed=self.metrics.enrichment["failed"].inc,
+            completed=self.metrics.enrichment_completed.inc,
+        )
         self.workers = [
             Worker(
                 sink,
@@ -148,6 +174,7 @@ class Application:
                 metrics=self.metrics,
                 now=now,
                 rng=self._rng,
+                complete=self.enrichment.again,
             )
             for sink in self.sinks
         ]
@@ -161,9 +188,13 @@ class Application:
             await self.spool.open()
             stack.push_async_callback(self.spool.close)
             stack.push_async_callback(self.aws.close)
-            await self.aws.open_clients([(sink.service, sink.role) for sink in self.sinks])
+            wanted = [service for enricher in self.enrichers for service in enricher.wanted_services()]
+            await self.aws.open_clients([*((sink.service, sink.role) for sink in self.sinks), *wanted])
             await self.admin.start()
             stack.push_async_callback(self.admin.stop)
+            for enricher in self.enrichers:
+                await enricher.start()
+                stack.push_async_callback(enricher.stop)
             tasks = [
                 asyncio.create_task(self._guard(worker), name=f"delivery {worker.name}")
                 for worker in self.workers
@@ -175,6 +206,7 @@ class Application:
                 hold_secs_max=self.settings.receiver.hold_secs_max,
                 now_ns=self._now_ns,
                 now_monotonic=loop.time,
+                enrichment=self.enrichment if self.enrichers else None,
             )
             lag = asyncio.create_task(self._watch_lag(), name="loop lag")
             stack.callback(lag.cancel)
@@ -257,6 +289,7 @@ class Application:
                 "dead_letters": self.spool.dead,
             },
             "sinks": {worker.name: worker.status()._asdict() for worker in self.workers},
+            "enrichment": {enricher.name: enricher.status() for enricher in self.enrichers},
         }
 
     def publish(self) -> None:
@@ -265,6 +298,8 @@ class Application:
         self.spool.publish()
         for worker in self.workers:
             worker.publish()
+        for enricher in self.enrichers:
+            enricher.publish()
         self.metrics.ready.set(not self.ready())
         self.metrics.loop_lag.set(max((lag for _, lag in self._lags), default=0.0))
 
@@ -306,6 +341,20 @@ class Application:
             self._lags = [item for item in self._lags if item[0] > now - LAG_WINDOW_SECS]
             self._lags.append((now, max(0.0, now - before - LAG_PERIOD_SECS)))
             self.ingest.publish()
+            for enricher in self.enrichers:
+                enricher.publish()
+
+    def _enricher(self, name: str, monotonic: Callable[[], float]) -> Enricher:
+        enricher: Enricher = enricher_class(name)(
+            getattr(self.settings.enrichment, name),
+            metrics=self.metrics,
+            now=self._now,
+            monotonic=monotonic,
+            rng=self._rng,
+            aws=self.aws,
+            environment=os.environ,
+        )
+        return enricher
 
 
 def build_sink(name: str, settings: Settings, aws: Aws, now: Callable[[], float]) -> Any:
@@ -315,6 +364,8 @@ def build_sink(name: str, settings: Settings, aws: Aws, now: Callable[[], float]
         getattr(settings.sinks, name),
         aws=aws,
         cluster=settings.cluster.name,
+        cluster_arn=settings.cluster.arn,
+        cluster_account=settings.cluster.account_id,
         replica=settings.replica.name or socket.gethostname(),
         now=now,
         log_group=logs.log_group if logs.enabled else "",

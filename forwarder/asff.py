@@ -21,7 +21,7 @@ from forwarder.alert import encode as json_encode
 from forwarder.alert import present
 from forwarder.alert_fields import read
 from forwarder.asff_context import Context, check, cut
-from forwarder.asff_resources import CONTAINER_NAMES, ContainerFields
+from forwarder.asff_resources import CONTAINER_NAMES, ContainerFields, cluster_of
 from forwarder.asff_resources import resources as asff_resources
 from forwarder.asff_schema import (
     FINDING_BYTES_MAX,
@@ -101,8 +101,11 @@ def encode(record: Record, context: Context) -> bytes:
     )
     usual = len(rule or output) + len(priority) + len(source) + sum(map(len, tags)) <= KEY_LENGTH_MAX
     alike = _remembered_alike(*alike_key) if usual else _alike(*alike_key)
-    usual = len(hostname) + len(source) + sum(map(len, container)) <= KEY_LENGTH_MAX
-    resources = (_remembered_resources if usual else asff_resources)(context, hostname, source, container)
+    enrichment = record.enrichment
+    usual = len(hostname) + len(source) + sum(map(len, container)) + len(enrichment) // 2 <= KEY_LENGTH_MAX
+    resources = (_remembered_resources if usual else asff_resources)(
+        context, hostname, source, container, enrichment
+    )
     own = {
         "falco/source": source,
         "falco/priority": priority,
@@ -184,7 +187,8 @@ def _varying(record: Record, context: Context, description: str, fields: Mapping
 
 def finding_id(record: Record, context: Context) -> str:
     """``falco/{region}/{account}/{cluster}/{alert id}``: the same alert always has the same finding."""
-    return cut(f"falco/{context.region}/{context.account}/{context.cluster or '-'}/{record.id}", 512)
+    cluster = cluster_of(context, record.enrichment)
+    return cut(f"falco/{context.region}/{context.account}/{cluster or '-'}/{record.id}", 512)
 
 
 def _fields(members: dict[str, Any] | None) -> dict[str, str]:
@@ -212,8 +216,9 @@ def _product_fields(
     ours = {"falco/id": record.id} | {
         name: cut(text, value_max) for name, text in own.items() if text and not text.isspace()
     }
-    if context.cluster:
-        ours["falco/cluster"] = context.cluster
+    cluster = cluster_of(context, record.enrichment)
+    if cluster:
+        ours["falco/cluster"] = cluster
     if context.log_group:
         ours["falco/log_group"] = context.log_group
         ours["falco/log_stream"] = _stream(record, context)

@@ -22,6 +22,11 @@ class Context(NamedTuple):
     region: str
     account: str
     cluster: str
+    """The configured one; a discovered one comes with the record."""
+    cluster_arn: str
+    """The configured one, or nothing."""
+    cluster_account: str
+    """Account of cluster and instances, or nothing: the caller's."""
     replica: str
     log_group: str
     log_stream: str

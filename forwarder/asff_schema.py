@@ -21,6 +21,8 @@ FINDING_BYTES_MAX = 240_000
 PRODUCT_FIELDS_MAX = 50
 PRODUCT_VALUE_MAX = 2048
 OTHER_MAX = 50
+OTHER_KEY_MAX = 127
+INSTANCE_TYPE_MAX = 16
 RESOURCES_MAX = 32
 TYPES_MAX = 50
 PID_MAX = 2_147_483_647
@@ -42,7 +44,7 @@ Text1024 = Annotated[str, Meta(min_length=1, max_length=1024, pattern=r"\S")]
 ProductFieldKey = Annotated[str, Meta(min_length=1, max_length=128)]
 """Characters are checked once per key by ``product_field_keys``: keys repeat, patterns are slow."""
 ProductFieldValue = Annotated[str, Meta(min_length=1, max_length=PRODUCT_VALUE_MAX)]
-OtherKey = Annotated[str, Meta(min_length=1, max_length=127)]
+OtherKey = Annotated[str, Meta(min_length=1, max_length=OTHER_KEY_MAX)]
 OtherValue = Annotated[str, Meta(min_length=1, max_length=1023)]
 FindingType = Annotated[str, Meta(pattern=rf"^(?:{_NAMESPACES})(?:/[^/]+){{0,2}}\Z")]
 PortNumber = Annotated[int, Meta(ge=0, le=65535)]
@@ -97,18 +99,43 @@ class EksCluster(_Asff, frozen=True):
     Arn: Annotated[str, Meta(min_length=20, max_length=512)]
 
 
+class Ec2Instance(_Asff, frozen=True):
+    """Details of an AwsEc2Instance resource."""
+
+    Type: Annotated[str, Meta(min_length=1, max_length=INSTANCE_TYPE_MAX)] | None = None
+    LaunchedAt: Timestamp | None = None
+
+
+class EcsContainer(_Asff, frozen=True):
+    """Details of an AwsEcsContainer resource."""
+
+    Name: Text512 | None = None
+    Image: Text512 | None = None
+
+
+class EcsTask(_Asff, frozen=True):
+    """Details of an AwsEcsTask resource."""
+
+    ClusterArn: Text512 | None = None
+    TaskDefinitionArn: Text512 | None = None
+    Group: Text512 | None = None
+
+
 class Details(_Asff, frozen=True):
     """One typed object at most, and what has no type."""
 
     Container: Container | None = None
+    AwsEc2Instance: Ec2Instance | None = None
     AwsEksCluster: EksCluster | None = None
+    AwsEcsContainer: EcsContainer | None = None
+    AwsEcsTask: EcsTask | None = None
     Other: Annotated[dict[OtherKey, OtherValue], Meta(min_length=1, max_length=OTHER_MAX)] | None = None
 
 
 class Resource(_Asff, frozen=True):
     """What the finding is about."""
 
-    Type: Literal["Container", "AwsEksCluster", "Other"]
+    Type: Literal["Container", "AwsEc2Instance", "AwsEksCluster", "AwsEcsContainer", "AwsEcsTask", "Other"]
     Id: Annotated[str, Meta(min_length=1, max_length=512)]
     Region: Text16 | None = None
     Partition: Literal["aws", "aws-cn", "aws-us-gov", "aws-us-iso", "aws-us-iso-b"] | None = None

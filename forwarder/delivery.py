@@ -93,8 +93,11 @@ class Worker:
         metrics: Metrics,
         now: Callable[[], float],
         rng: random.Random,
+        complete: Callable[[Record], Record] = lambda record: record,
     ) -> None:
+        """``complete`` looks once more for what enrichment had not found at ingest, from memory."""
         self.sink = sink
+        self._complete = complete
         self._spool = spool
         self._settings = settings
         self._metrics = metrics
@@ -233,6 +236,8 @@ class Worker:
 
     def _take(self, current: Round, record: Record) -> int:
         """Decide on one record: filtered, unmappable, settled before, or an item. Returns its memory."""
+        if record.unresolved:
+            record = self._complete(record)
         index = len(current.records)
         current.records.append(record)
         before = self._ahead.get(current.start + index)

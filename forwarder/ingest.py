@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import structlog
 
 from forwarder.alert import Alert, Unparsable, decode, encode
+from forwarder.enricher import Enrichment
 from forwarder.metrics import Metrics
 from forwarder.record import ALERT, TEXT, UNPARSED, DeadLetter, Record
 from forwarder.spool import Spool, SpoolFailedError, SpoolFullError
@@ -38,13 +39,6 @@ HOSTNAME_LENGTH_MAX = 256
 LOSS_LINE_SECS = 10.0
 
 log = structlog.get_logger("ingest")
-
-
-class Enricher(Protocol):
-    """Adds what it knows of an alert's surroundings, from memory, in microseconds."""
-
-    def enrich(self, alert: Alert) -> Mapping[str, object]:
-        """Keys for the root of the CloudWatch event (``kubernetes``, ``node``, ``ecs``), or nothing."""
 
 
 class Outcome(Enum):
@@ -104,14 +98,14 @@ class Ingest:
         hold_secs_max: float,
         now_ns: Callable[[], int],
         now_monotonic: Callable[[], float],
-        enrichers: Sequence[Enricher] = (),
+        enrichment: Enrichment | None = None,
     ) -> None:
         self._spool = spool
         self._metrics = metrics
         self._hold_secs_max = hold_secs_max
         self._now_ns = now_ns
         self._now = now_monotonic
-        self._enrichers = tuple(enrichers)
+        self._enrichment = enrichment
         self._seen = Seen(now_monotonic)
         self._flying: dict[bytes, asyncio.Future[None]] = {}
         self._held = 0
@@ -135,8 +129,11 @@ class Ingest:
         self._received = self._received_bytes = self._stored = self._duplicates = 0
         self._seen.expire()
 
-    async def take(self, body: bytes) -> Answer:
-        """Make one body durable. Returns only when it is, or when it is known that it will not be."""
+    async def take(self, body: bytes, peer: str = "") -> Answer:
+        """Make one body durable. Returns only when it is, or when it is known that it will not be.
+
+        ``peer`` is the sender's address: where nothing else does, it tells the node.
+        """
         started = self._now()
         self._received_bytes += len(body)
         try:
@@ -155,21 +152,21 @@ class Ingest:
                 self._metrics.text_mode.inc()
                 self._hint()
         if len(alerts) == 1:
-            answer = await self._take_one(alerts[0], utf8_replaced=decoded.utf8_replaced)
+            answer = await self._take_one(alerts[0], peer, utf8_replaced=decoded.utf8_replaced)
             if answer is STORED:
                 self._observe(self._now() - started)
                 return answer
             if answer is not None and self._hold_secs_max <= 0:
                 self._discard([alerts[0].rank], answer.outcome)
                 return answer
-        return await self._take_all(alerts, started, utf8_replaced=decoded.utf8_replaced)
+        return await self._take_all(alerts, started, peer, utf8_replaced=decoded.utf8_replaced)
 
-    async def _take_one(self, alert: Alert, *, utf8_replaced: bool) -> Answer | None:
+    async def _take_one(self, alert: Alert, peer: str, *, utf8_replaced: bool) -> Answer | None:
         """The usual case, kept short: a new alert, and room for it. None where it is not that case."""
         digest = _digest(alert)
         if digest in self._flying or digest in self._seen or not self._spool.admits(alert.rank):
             return None
-        record = self._record(alert, digest, utf8_replaced=utf8_replaced)
+        record = self._record(alert, digest, peer, utf8_replaced=utf8_replaced)
         done = self._flying[digest] = self._spool.append((record,))
         try:
             await done
@@ -182,11 +179,13 @@ class Ingest:
         finally:
             del self._flying[digest]
 
-    async def _take_all(self, alerts: Sequence[Alert], started: float, *, utf8_replaced: bool) -> Answer:
+    async def _take_all(
+        self, alerts: Sequence[Alert], started: float, peer: str, *, utf8_replaced: bool
+    ) -> Answer:
         """Any number of alerts, new and known, with patience where there is no room."""
         digests = [_digest(alert) for alert in alerts]
         missing = {
-            digest: self._record(alert, digest, utf8_replaced=utf8_replaced)
+            digest: self._record(alert, digest, peer, utf8_replaced=utf8_replaced)
             for digest, alert in zip(digests, alerts, strict=True)
             if digest not in self._seen
         }
@@ -305,8 +304,9 @@ class Ingest:
         self._metrics.unparsed.inc()
         return Answer(Outcome.UNPARSED, fault)
 
-    def _record(self, alert: Alert, digest: bytes, *, utf8_replaced: bool) -> Record:
+    def _record(self, alert: Alert, digest: bytes, peer: str, *, utf8_replaced: bool) -> Record:
         now_ns = self._now_ns()
+        time_ns = now_ns if alert.time_ns is None else alert.time_ns
         notes: list[bytes] = []
         if not alert.priority_known:
             notes.append(b'"priority_unknown":true')
@@ -316,24 +316,23 @@ class Ingest:
             notes.append(b'"sender_keys":' + alert.sender_keys)
         if alert.text:
             notes.append(b'"text_mode":true')
+        enrichment, complete = b"", True
+        if self._enrichment is not None and not alert.text:
+            enrichment, complete = self._enrichment.of(alert, time_ns, peer)
         return Record(
             TEXT if alert.text else ALERT,
             alert.id or digest.hex(),
             alert.rank,
-            now_ns if alert.time_ns is None else alert.time_ns,
+            time_ns,
             now_ns,
             alert.internal,
             alert.body,
-            self._enrich(alert) if self._enrichers else b"",
+            enrichment,
             b",".join(notes) if notes else b"",
             alert.hostname[:HOSTNAME_LENGTH_MAX],
+            not complete,
+            "" if complete else peer,
         )
-
-    def _enrich(self, alert: Alert) -> bytes:
-        found: dict[str, object] = {}
-        for enricher in self._enrichers:
-            found.update(enricher.enrich(alert))
-        return encode(found)[1:-1] if found else b""
 
     def _hint(self) -> None:
         if self._now() - self._hinted_at >= TEXT_HINT_SECS:

@@ -59,6 +59,33 @@ DEAD_LETTER_REASONS = (
     "unknown",
     "broken_block",
 )
+ENRICHMENT_RESULTS = (
+    "pod_uid",
+    "name",
+    "container_id",
+    "pod_ip",
+    "node",
+    "audit",
+    "miss",
+    "unsynced",
+    "not_applicable",
+    "failed",
+)
+KUBERNETES_KINDS = ("pods", "nodes", "namespaces", "replicasets", "jobs")
+WATCH_RESTARTS = (
+    "ended",
+    "short",
+    "expired",
+    "too_new",
+    "network",
+    "timeout",
+    "throttled",
+    "unavailable",
+    "credentials",
+    "permission",
+    "refused",
+    "decode",
+)
 STATES = ("starting", "delivering", "retrying", "blocked", "stopped")
 CONNECTION_LIMITS = ("connections", "header_timeout", "age")
 
@@ -97,6 +124,7 @@ class Metrics:
         self._ingest()
         self._spool()
         self._delivery()
+        self._enrichment()
         self._process()
 
     def _ingest(self) -> None:
@@ -211,6 +239,42 @@ class Metrics:
         )
         state = self._gauge("sink_state", "1 for the state the sink is in", "sink", "state")
         self.state = {(sink, name): state.labels(sink, name) for sink in self.sinks for name in STATES}
+
+    def _enrichment(self) -> None:
+        results = self._counter(
+            "enrichment",
+            "Alerts by how their pod was found: pod_uid, name, container_id, pod_ip; node: a host's alert whose node is "
+            "known; audit: k8s_audit; miss: unknown pod; unsynced: unknown, before the first list; not_applicable: nothing "
+            "to look for; failed: a fault of ours",
+            "result",
+        )
+        self.enrichment = {result: results.labels(result) for result in ENRICHMENT_RESULTS}
+        self.enrichment_completed = self._counter(
+            "enrichment_completed", "Alerts whose missing parts were found by the second look, at delivery"
+        )
+        objects = self._gauge(
+            "kubernetes_objects", "Objects in the cache; tombstones are deleted pods", "kind"
+        )
+        self.kubernetes_objects = {kind: objects.labels(kind) for kind in (*KUBERNETES_KINDS, "tombstones")}
+        synced = self._gauge("kubernetes_synced", "1 once the kind has been listed", "kind")
+        stale = self._gauge("kubernetes_stale", "1 while the cache may be behind the API server", "kind")
+        age = self._gauge(
+            "kubernetes_last_event_age_seconds", "Since the last list, event or bookmark", "kind"
+        )
+        restarts = self._counter(
+            "kubernetes_watch_restarts",
+            "Watches that ended, by reason; ended: in good order",
+            "kind",
+            "reason",
+        )
+        self.kubernetes_synced = {kind: synced.labels(kind) for kind in KUBERNETES_KINDS}
+        self.kubernetes_stale = {kind: stale.labels(kind) for kind in KUBERNETES_KINDS}
+        self.kubernetes_event_age = {kind: age.labels(kind) for kind in KUBERNETES_KINDS}
+        self.watch_restarts = {
+            (kind, reason): restarts.labels(kind, reason)
+            for kind in KUBERNETES_KINDS
+            for reason in WATCH_RESTARTS
+        }
 
     def _process(self) -> None:
         self.loop_lag = self._gauge(

@@ -84,7 +84,7 @@ class _Stored(web.Response):
 class _Connection(RequestHandler):
     """One sender. Knows what a deadline needs: when it was opened, when a header began, whether it is busy."""
 
-    __slots__ = ("_receiver", "busy", "chunk", "expires_at", "heard_at", "served")
+    __slots__ = ("_receiver", "busy", "chunk", "expires_at", "heard_at", "peer", "served")
 
     def __init__(self, receiver: Receiver, **keys: Any) -> None:
         super().__init__(receiver.server, **keys)
@@ -93,6 +93,8 @@ class _Connection(RequestHandler):
         self.busy = False
         self.served = 0
         self.expires_at = 0.0
+        self.peer = ""
+        """Address of the sender: Falco's pod, or its node."""
         self.chunk = b""
         """What arrived last, while its request is not answered."""
 
@@ -100,6 +102,8 @@ class _Connection(RequestHandler):
         now = self._loop.time()
         self.heard_at = now
         self.expires_at = self._receiver.expiry(now)
+        address = transport.get_extra_info("peername")
+        self.peer = str(address[0]).removeprefix("::ffff:") if address else ""
         super().connection_made(transport)
         self._receiver.opened(self)
 
@@ -259,7 +263,7 @@ class Receiver:
         body = b""
         try:
             body, refusal = await self._body(request)
-            response = refusal or await self._answer(request, body)
+            response = refusal or await self._answer(request, body, connection.peer)
         except Exception:
             # The outer boundary: a fault of ours must not take the listener with it.
             log.exception("request failed")
@@ -279,12 +283,12 @@ class Receiver:
             self.metrics.requests[response.status].inc()
         return response
 
-    async def _answer(self, request: web.BaseRequest, body: bytes) -> web.Response:
+    async def _answer(self, request: web.BaseRequest, body: bytes, peer: str) -> web.Response:
         if request.method != "POST":
             return _other_methods(request)
         if request.path == "/test":
             body = self._test_alert()
-        answer = await self._ingest.take(body)
+        answer = await self._ingest.take(body, peer)
         return self._stored if answer is STORED and _keeps(request) else _response(answer)
 
     async def _body(self, request: web.BaseRequest) -> tuple[bytes, web.Response | None]:

@@ -43,12 +43,16 @@ class Record(msgspec.Struct, frozen=True, array_like=True):
     """Members for the event's ``forwarder`` object without braces (``"priority_unknown":true``), or nothing."""
     hostname: str = ""
     """Falco's hostname, for log stream names."""
+    unresolved: bool = False
+    """Enrichment did not find all it might: delivery asks once more."""
+    peer: str = ""
+    """Address the alert came from; kept only where it is unresolved."""
 
     @property
     def size_bytes(self) -> int:
         """Memory and spool room it takes, roughly and never too little."""
         texts = 4 * len(self.hostname) if len(self.hostname) > HOSTNAME_USUAL_MAX else 0
-        return len(self.body) + len(self.enrichment) + len(self.notes) + texts + 160
+        return len(self.body) + len(self.enrichment) + len(self.notes) + len(self.peer) + texts + 170
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from forwarder.app import Application, Settings, load_settings
+from forwarder.enrichment import ENRICHERS
 from forwarder.metrics import PREFIX
 from tests.falco import Answer, Falco, get
 
@@ -29,6 +30,7 @@ def settings_of(directory: Any, changes: Mapping[str, Any] | None = None) -> Set
         "receiver": {"host": "127.0.0.1", "port": 0, "drain_delay_secs": 0},
         "admin": {"host": "127.0.0.1", "port": 0},
         "delivery": {"drain_secs_max": 2},
+        "enrichment": {name: {"enabled": False} for name in ENRICHERS},
         "sinks": {
             "cloudwatch_logs": {"enabled": True, "log_group": LOG_GROUP, "linger_secs": 0.05},
             "security_hub": {"enabled": True, "linger_secs": 0.05, "rate_per_sec": 1000, "burst": 1000},

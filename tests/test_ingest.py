@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from forwarder import ingest as ingest_module
 from forwarder import spool as spool_module
-from forwarder.alert import Alert
+from forwarder.enricher import Enrichment, Subject
 from forwarder.ingest import STORED, Answer, Ingest, Outcome
 from forwarder.metrics import Metrics
 from forwarder.record import ALERT, TEXT, UNPARSED, Record
@@ -97,7 +97,7 @@ async def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
             hold_secs_max=hold_secs_max,
             now_ns=time.time_ns,
             now_monotonic=clock,
-            enrichers=enrichers,
+            enrichment=enrichment_of(*enrichers),
         )
         return Setup(ingest, spool, metrics, clock)
 
@@ -344,18 +344,25 @@ async def test_refused_alerts_leave_no_other_traces_in_the_numbers(make: Make) -
 # ---- enrichment --------------------------------------------------------------------------------------
 
 
+def enrichment_of(*enrichers: Any) -> Enrichment | None:
+    return Enrichment(enrichers, now=time.monotonic) if enrichers else None
+
+
 class Node:
     """Knows the node of an alert's host."""
 
-    def enrich(self, alert: Alert) -> Mapping[str, object]:
-        return {"node": {"name": alert.hostname, "zone": "eu-west-1a"}} if alert.hostname else {}
+    def enrich(self, subject: Subject, members: dict[str, bytes]) -> bool:
+        if subject.hostname:
+            members["node"] = json.dumps({"name": subject.hostname, "zone": "eu-west-1a"}).encode()
+        return True
 
 
 class Pod:
     """Knows a pod, whatever the alert."""
 
-    def enrich(self, alert: Alert) -> Mapping[str, object]:
-        return {"kubernetes": {"pod": {"name": 'quo"te\n', "labels": {"app": "x"}}}}
+    def enrich(self, subject: Subject, members: dict[str, bytes]) -> bool:
+        members["kubernetes"] = json.dumps({"pod": {"name": 'quo"te\n', "labels": {"app": "x"}}}).encode()
+        return True
 
 
 async def test_enrichers_keys_are_in_the_record(make: Make) -> None:
@@ -380,14 +387,14 @@ async def make_second(make: Make, enrichers: tuple[Any, ...], first: Setup) -> S
         hold_secs_max=0,
         now_ns=time.time_ns,
         now_monotonic=first.clock,
-        enrichers=enrichers,
+        enrichment=enrichment_of(*enrichers),
     )
     return Setup(ingest, first.spool, first.metrics, first.clock)
 
 
 async def test_enrichers_keys_land_in_the_event(aws: FakeAws, forwarder: Start) -> None:
     running = await forwarder()
-    running.app.ingest._enrichers = (Node(), Pod())
+    running.app.ingest._enrichment = enrichment_of(Node(), Pod())
     await running.post(*REAL_BODIES[:3])
     await running.at_rest()
     for event, alert in zip(aws.messages(), REAL_ALERTS, strict=False):

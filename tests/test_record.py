@@ -17,7 +17,7 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 def test_the_layout_is_a_list_in_this_order() -> None:
     """Spools of older versions are read: fields may be appended with defaults, nothing else."""
-    record = Record(ALERT, "id", 4, 1, 2, True, b"{}", b"e", b"n", "h")
+    record = Record(ALERT, "id", 4, 1, 2, True, b"{}", b"e", b"n", "h", True, "10.0.0.1")
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(record)) == [
         0,
         "id",
@@ -29,14 +29,16 @@ def test_the_layout_is_a_list_in_this_order() -> None:
         b"e",
         b"n",
         "h",
+        True,
+        "10.0.0.1",
     ]
 
 
-@pytest.mark.parametrize("kept", [7, 8, 9, 10])
+@pytest.mark.parametrize("kept", [7, 8, 9, 10, 11, 12])
 def test_a_record_of_an_older_version_is_read_with_defaults(kept: int) -> None:
-    values: list[Any] = [0, "id", 4, 1, 2, False, b"{}", b"e", b"n", "h"]
+    values: list[Any] = [0, "id", 4, 1, 2, False, b"{}", b"e", b"n", "h", True, "10.0.0.1"]
     old = msgspec.msgpack.decode(msgspec.msgpack.encode(values[:kept]), type=Record)
-    expected = (values[:kept] + [b"", b"", ""][kept - 7 :])[:10]
+    expected = (values[:kept] + [b"", b"", "", False, ""][kept - 7 :])[:12]
     assert list(msgspec.structs.astuple(old)) == expected
 
 

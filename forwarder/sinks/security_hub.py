@@ -100,11 +100,13 @@ class SecurityHub:
         replica: str,
         log_group: str,
         log_stream: str,
+        cluster_arn: str = "",
+        cluster_account: str = "",
         **_: Any,
     ) -> None:
         self._settings = settings
         self._aws = aws
-        self._cluster = cluster
+        self._cluster = (cluster, cluster_arn, cluster_account)
         self._replica = replica
         self._log_group = log_group
         self._log_stream = log_stream
@@ -124,7 +126,9 @@ class SecurityHub:
             partition=self._aws.partition(),
             region=self._aws.region,
             account=await self._aws.account(self.role),
-            cluster=self._cluster,
+            cluster=self._cluster[0],
+            cluster_arn=self._cluster[1],
+            cluster_account=self._cluster[2],
             replica=self._replica,
             log_group=self._log_group,
             log_stream=self._log_stream,

@@ -1,0 +1,177 @@
+"""The part of the cluster's state that enrichment needs, kept in memory by one reflector per kind.
+
+Knows whether what it holds is complete (``synced``) and still true (``stale``). Its tasks go on through every outage; stopping ends
+them. What the API server forbids stays empty, and the other kinds work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
+
+from forwarder.kubernetes_api import Api
+from forwarder.kubernetes_cache import Metas, Nodes, Pods
+from forwarder.kubernetes_objects import (
+    NO_LABELS,
+    Labels,
+    Meta,
+    Node,
+    Pod,
+    decode_meta,
+    decode_node,
+    decode_pod,
+)
+from forwarder.kubernetes_reflector import Reflector, Resource
+from forwarder.metrics import Metrics
+
+STALE_SECS = 150.0
+"""A healthy watch says something every minute (bookmarks)."""
+
+RESOURCES = {
+    "pods": Resource("pods", "", metadata_only=False),
+    "nodes": Resource("nodes", "", metadata_only=False),
+    "namespaces": Resource("namespaces", "", metadata_only=True),
+    "replicasets": Resource("replicasets", "apps", metadata_only=True),
+    "jobs": Resource("jobs", "batch", metadata_only=True),
+}
+PERMISSIONS = (
+    ("get", "", "pods"),
+    *((verb, resource.group, kind) for kind, resource in RESOURCES.items() for verb in ("list", "watch")),
+)
+"""Verb, API group and resource of everything that is asked: the chart's ClusterRole has the same."""
+
+T = TypeVar("T", bound=Pod | Node | Meta)
+Item_contra = TypeVar("Item_contra", contravariant=True)
+
+
+class _Cache(Protocol[Item_contra]):
+    def put(self, item: Item_contra, /) -> None: ...
+    def delete(self, uid: str) -> None: ...
+    def keep_only(self, uids: set[str]) -> int: ...
+
+
+class _Store(Generic[T]):
+    """Objects as the API sends them, into a cache."""
+
+    def __init__(self, cache: _Cache[T], decode: Callable[[bytes], tuple[T, str]]) -> None:
+        self._put = cache.put
+        self._decode = decode
+        self.delete = cache.delete
+        self.keep_only = cache.keep_only
+
+    def put(self, data: bytes) -> tuple[str, str]:
+        item, version = self._decode(data)
+        self._put(item)
+        return item.uid, version
+
+
+class Mirror:
+    """Caches, and the reflectors that keep them."""
+
+    def __init__(
+        self,
+        *,
+        pod_labels: Labels,
+        namespace_labels: Labels,
+        now: Callable[[], float],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._pod_labels = pod_labels
+        self._namespace_labels = namespace_labels
+        self._monotonic = monotonic
+        self.pods = Pods(now=now, monotonic=monotonic)
+        self.nodes = Nodes()
+        self.namespaces = Metas(now=now, monotonic=monotonic, by_name=True)
+        self.replicasets = Metas(now=now, monotonic=monotonic, by_name=False)
+        self.jobs = Metas(now=now, monotonic=monotonic, by_name=False)
+        self.owners = {"ReplicaSet": self.replicasets, "Job": self.jobs}
+        self.reflectors: dict[str, Reflector] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self, api: Api, *, node_name: str, rng: random.Random, metrics: Metrics) -> None:
+        """Begin to list and watch."""
+        stores: dict[str, Any] = {
+            "pods": _Store(self.pods, lambda data: decode_pod(data, self._pod_labels)),
+            "nodes": _Store(self.nodes, decode_node),
+            "namespaces": _Store(self.namespaces, lambda data: decode_meta(data, self._namespace_labels)),
+            "replicasets": _Store(self.replicasets, lambda data: decode_meta(data, NO_LABELS)),
+            "jobs": _Store(self.jobs, lambda data: decode_meta(data, NO_LABELS)),
+        }
+        selectors = (
+            {"pods": f"spec.nodeName={node_name}", "nodes": f"metadata.name={node_name}"} if node_name else {}
+        )
+        for kind, resource in RESOURCES.items():
+            self.reflectors[kind] = Reflector(
+                api,
+                resource._replace(field_selector=selectors.get(kind, "")),
+                stores[kind],
+                rng=rng,
+                monotonic=self._monotonic,
+                restarted=lambda kind, reason: metrics.watch_restarts[kind, reason].inc(),
+            )
+        self._tasks = [
+            asyncio.create_task(reflector.run(), name=f"reflector {kind}")
+            for kind, reflector in self.reflectors.items()
+        ]
+        self._tasks.append(asyncio.create_task(self._freeze(), name="freeze caches"))
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def synced(self, kind: str) -> bool:
+        """Whether this kind was listed once."""
+        reflector = self.reflectors.get(kind)
+        return reflector is not None and reflector.synced.is_set()
+
+    def stale(self, kind: str) -> bool:
+        """Whether what we hold may be behind: not listed yet, not watched now, or silent for too long."""
+        reflector = self.reflectors.get(kind)
+        if reflector is None or not reflector.connected or not reflector.synced.is_set():
+            return True
+        return self._monotonic() - reflector.heard_at > STALE_SECS
+
+    def generation(self) -> int:
+        """Grows when owners or labels that may have been used are different now."""
+        return self.namespaces.generation + self.replicasets.generation + self.jobs.generation
+
+    def expire(self) -> None:
+        self.pods.expire()
+        for metas in (self.namespaces, self.replicasets, self.jobs):
+            metas.expire()
+
+    def sizes(self) -> dict[str, int]:
+        """Live objects by kind, and pods that are gone but not forgotten."""
+        return {
+            "pods": len(self.pods),
+            "nodes": len(self.nodes),
+            "namespaces": len(self.namespaces),
+            "replicasets": len(self.replicasets),
+            "jobs": len(self.jobs),
+            "tombstones": self.pods.tombstones,
+        }
+
+    def age_secs(self, kind: str) -> float:
+        """Since this kind's last list, event or bookmark; since the start where there was none."""
+        return self._monotonic() - self.reflectors[kind].heard_at
+
+    def state(self) -> dict[str, Any]:
+        """For ``/status``."""
+        return {
+            kind: {
+                "synced": reflector.synced.is_set(),
+                "stale": self.stale(kind),
+                "trouble": reflector.trouble or None,
+            }
+            for kind, reflector in self.reflectors.items()
+        }
+
+    async def _freeze(self) -> None:
+        """What was listed first stays: the garbage collector need not look at it again and again."""
+        await self.reflectors["pods"].synced.wait()
+        if gc.get_freeze_count():  # only where the application tuned the collector
+            gc.freeze()

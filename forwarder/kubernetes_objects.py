@@ -1,0 +1,370 @@
+"""Kubernetes objects as the cache keeps them: trimmed to what enrichment says, decoded straight from the API's JSON. Pure.
+
+A pod of the API is 12 KB of JSON and 65 KB as dictionaries; a ``Pod`` is about 1.5 KB. So nothing else is ever built: the typed
+decoder skips what is not named here, strings that repeat are shared, and the records are of no interest to the garbage collector
+(ten thousand of them would stop the service for most of a second).
+
+Unknown shapes raise ``msgspec.ValidationError``; who asked counts and skips the object.
+"""
+
+from __future__ import annotations
+
+import re
+from sys import intern
+from typing import NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+from forwarder.timestamp import time_ns
+
+LABEL_VALUE_LENGTH_MAX = 63
+"""Kubernetes' own limit for values of labels."""
+CONTAINERS_MAX = 64
+ADDRESSES_MAX = 32
+
+_INSTANCE = re.compile(r"i-[0-9a-f]{8,17}\Z")
+
+
+# ---- what the cache keeps -------------------------------------------------------------------------------
+
+
+class Container(Struct, frozen=True, gc=False):
+    """One container of a pod, init and ephemeral ones included. Unknown values are empty."""
+
+    name: str
+    id: str
+    """64 hexadecimal digits (the runtime's prefix is gone)."""
+    previous_id: str
+    """Of the instance before the last restart: late alerts still name it."""
+    image: str
+    image_id: str
+    """``repository@sha256:...`` or ``sha256:...``."""
+    started: str
+    """RFC 3339."""
+    privileged: bool | None
+
+
+class Owner(Struct, frozen=True, gc=False):
+    """The controller of an object."""
+
+    kind: str
+    name: str
+    uid: str
+
+
+class Pod(Struct, frozen=True, gc=False):
+    """A pod."""
+
+    uid: str
+    namespace: str
+    name: str
+    node: str
+    """Name of its node, or nothing while it is not scheduled."""
+    service_account: str
+    ip: str
+    ip_is_its_own: bool
+    """Not the node's (host network), and not given back (the pod has ended)."""
+    labels: tuple[str, ...]
+    """Allowed labels: key, value, key, value ..."""
+    owner: Owner | None
+    containers: tuple[Container, ...]
+    created: float
+    """Seconds since 1970; the API server tells whole seconds."""
+
+
+class Provider(NamedTuple):
+    """What ``spec.providerID`` of a node says."""
+
+    instance_id: str
+    zone: str
+    region: str
+    cluster: str
+
+
+class Node(Struct, frozen=True, gc=False):
+    """A node. Unknown values are empty."""
+
+    uid: str
+    name: str
+    provider_id: str
+    instance_id: str
+    instance_type: str
+    zone: str
+    region: str
+    nodegroup: str
+    compute_type: str
+    cluster: str
+    """Cluster it says it belongs to (hybrid providerID, eksctl's label)."""
+    addresses: tuple[str, ...]
+    """Addresses and host names other than its name."""
+
+
+class Meta(Struct, frozen=True, gc=False):
+    """A namespace, ReplicaSet or Job."""
+
+    uid: str
+    name: str
+    labels: tuple[str, ...]
+    owner: Owner | None
+
+
+class Labels:
+    """The allow-list for labels, and a limit for their size."""
+
+    def __init__(self, allowed: list[str], bytes_max: int) -> None:
+        """``allowed`` has whole keys, and prefixes that end in ``*``."""
+        self._keys = frozenset(key for key in allowed if not key.endswith("*"))
+        self._prefixes = tuple(key[:-1] for key in allowed if key.endswith("*"))
+        self._bytes_max = bytes_max
+
+    def trim(self, labels: dict[str, str] | None) -> tuple[str, ...]:
+        """Allowed labels by key, until the limit is reached: the same object always keeps the same ones."""
+        kept: list[str] = []
+        room = self._bytes_max
+        for key, value in sorted((labels or {}).items()):
+            if key not in self._keys and not key.startswith(self._prefixes):
+                continue
+            room -= len(key.encode()) + len(value.encode())
+            if room < 0:
+                break
+            kept += (intern(key), intern(value))
+        return tuple(kept)
+
+
+NO_LABELS = Labels([], 0)
+
+
+# ---- the API's JSON, as far as it is looked at ----------------------------------------------------------
+
+
+class _Owner(Struct, frozen=True, gc=False):
+    kind: str = ""
+    name: str = ""
+    uid: str = ""
+    controller: bool | None = None
+
+
+class Metadata(Struct, frozen=True, gc=False, rename="camel"):
+    """``metadata`` of any object."""
+
+    name: str = ""
+    namespace: str = ""
+    uid: str = ""
+    resource_version: str = ""
+    creation_timestamp: str | None = None
+    labels: dict[str, str] | None = None
+    owner_references: list[_Owner] | None = None
+
+
+class _SecurityContext(Struct, frozen=True, gc=False):
+    privileged: bool | None = None
+
+
+class _ContainerSpec(Struct, frozen=True, gc=False, rename="camel"):
+    name: str = ""
+    image: str = ""
+    security_context: _SecurityContext | None = None
+
+
+class _Running(Struct, frozen=True, gc=False, rename="camel"):
+    started_at: str | None = None
+    container_id: str | None = msgspec.field(name="containerID", default=None)
+
+
+class _State(Struct, frozen=True, gc=False):
+    running: _Running | None = None
+    terminated: _Running | None = None
+
+
+class _ContainerStatus(Struct, frozen=True, gc=False, rename="camel"):
+    name: str = ""
+    container_id: str = msgspec.field(name="containerID", default="")
+    image_id: str = msgspec.field(name="imageID", default="")
+    state: _State | None = None
+    last_state: _State | None = None
+
+
+class _PodSpec(Struct, frozen=True, gc=False, rename="camel"):
+    node_name: str = ""
+    service_account_name: str = ""
+    host_network: bool = False
+    containers: list[_ContainerSpec] | None = None
+    init_containers: list[_ContainerSpec] | None = None
+    ephemeral_containers: list[_ContainerSpec] | None = None
+
+
+class _PodStatus(Struct, frozen=True, gc=False, rename="camel"):
+    phase: str = ""
+    pod_ip: str = msgspec.field(name="podIP", default="")
+    container_statuses: list[_ContainerStatus] | None = None
+    init_container_statuses: list[_ContainerStatus] | None = None
+    ephemeral_container_statuses: list[_ContainerStatus] | None = None
+
+
+class _Pod(Struct, frozen=True, gc=False):
+    metadata: Metadata
+    spec: _PodSpec = _PodSpec()
+    status: _PodStatus = _PodStatus()
+
+
+class _NodeSpec(Struct, frozen=True, gc=False):
+    provider_id: str = msgspec.field(name="providerID", default="")
+
+
+class _Address(Struct, frozen=True, gc=False):
+    type: str = ""
+    address: str = ""
+
+
+class _NodeStatus(Struct, frozen=True, gc=False):
+    addresses: list[_Address] | None = None
+
+
+class _Node(Struct, frozen=True, gc=False):
+    metadata: Metadata
+    spec: _NodeSpec = _NodeSpec()
+    status: _NodeStatus = _NodeStatus()
+
+
+class _Object(Struct, frozen=True, gc=False):
+    metadata: Metadata
+
+
+_pod = msgspec.json.Decoder(_Pod)
+_node = msgspec.json.Decoder(_Node)
+_object = msgspec.json.Decoder(_Object)
+
+
+def decode_pod(data: bytes, labels: Labels) -> tuple[Pod, str]:
+    """A pod from its JSON, and its resource version."""
+    wire = _pod.decode(data)
+    meta, spec, status = wire.metadata, wire.spec, wire.status
+    pod = Pod(
+        uid=meta.uid,
+        namespace=intern(meta.namespace),
+        name=meta.name,
+        node=intern(spec.node_name),
+        service_account=intern(spec.service_account_name),
+        ip=status.pod_ip,
+        ip_is_its_own=not spec.host_network and status.phase not in {"Succeeded", "Failed"},
+        labels=labels.trim(meta.labels),
+        owner=_controller(meta),
+        containers=_containers(spec, status),
+        created=_seconds(meta.creation_timestamp),
+    )
+    return pod, meta.resource_version
+
+
+def decode_node(data: bytes) -> tuple[Node, str]:
+    """A node from its JSON, and its resource version."""
+    wire = _node.decode(data)
+    meta = wire.metadata
+    labels = meta.labels or {}
+    provider = parse_provider(wire.spec.provider_id)
+    addresses = [item.address for item in (wire.status.addresses or ())[:ADDRESSES_MAX] if item.address]
+    host = labels.get("kubernetes.io/hostname", "")
+    node = Node(
+        uid=meta.uid,
+        name=meta.name,
+        provider_id=wire.spec.provider_id,
+        instance_id=provider.instance_id,
+        instance_type=labels.get("node.kubernetes.io/instance-type", ""),
+        zone=labels.get("topology.kubernetes.io/zone", "") or provider.zone,
+        region=labels.get("topology.kubernetes.io/region", "") or provider.region,
+        nodegroup=labels.get("eks.amazonaws.com/nodegroup", "")
+        or labels.get("alpha.eksctl.io/nodegroup-name", ""),
+        compute_type=labels.get("eks.amazonaws.com/compute-type", ""),
+        cluster=provider.cluster or labels.get("alpha.eksctl.io/cluster-name", ""),
+        addresses=tuple(
+            {address: None for address in (*addresses, host) if address and address != meta.name}
+        ),
+    )
+    return node, meta.resource_version
+
+
+def decode_meta(data: bytes, labels: Labels = NO_LABELS) -> tuple[Meta, str]:
+    """A namespace, ReplicaSet or Job from its metadata, and its resource version."""
+    meta = _object.decode(data).metadata
+    return Meta(meta.uid, meta.name, labels.trim(meta.labels), _controller(meta)), meta.resource_version
+
+
+def parse_provider(provider_id: str) -> Provider:
+    """``spec.providerID`` by its scheme; what is not known of the form stays empty.
+
+    EC2 ``aws:///<zone>/i-...``; Fargate ``aws:///<zone>/<id>/fargate-ip-...`` (no instance); hybrid
+    ``eks-hybrid:///<region>/<cluster>/<node>`` and, older, ``eks:///<region>/<cluster>/<instance>``.
+    """
+    scheme, separator, rest = provider_id.partition(":///")
+    parts = rest.split("/")
+    if not separator:
+        return Provider("", "", "", "")
+    if scheme == "aws":
+        zone = parts[0] if len(parts) > 1 else ""
+        instance = parts[-1] if _INSTANCE.match(parts[-1]) and len(parts) <= 2 else ""  # noqa: PLR2004 - zone, instance
+        return Provider(instance, zone, "", "")
+    if scheme in {"eks-hybrid", "eks"} and len(parts) == 3:  # noqa: PLR2004 - region, cluster, node
+        instance = parts[2] if scheme == "eks" and _INSTANCE.match(parts[2]) else ""
+        return Provider(instance, "", parts[0], parts[1])
+    return Provider("", "", "", "")
+
+
+def _controller(meta: Metadata) -> Owner | None:
+    for owner in meta.owner_references or ():
+        if owner.controller:
+            return Owner(intern(owner.kind), intern(owner.name), intern(owner.uid))
+    return None
+
+
+def _containers(spec: _PodSpec, status: _PodStatus) -> tuple[Container, ...]:
+    """Containers by name: what the specification says and what the runtime says."""
+    statuses = {
+        item.name: item
+        for group in (
+            status.container_statuses,
+            status.init_container_statuses,
+            status.ephemeral_container_statuses,
+        )
+        for item in group or ()
+    }
+    found = [
+        _container(item, statuses.get(item.name))
+        for group in (spec.containers, spec.init_containers, spec.ephemeral_containers)
+        for item in group or ()
+    ]
+    return tuple(found[:CONTAINERS_MAX])
+
+
+def _container(spec: _ContainerSpec, status: _ContainerStatus | None) -> Container:
+    context = spec.security_context
+    started = previous = ""
+    if status is not None:
+        state, last = status.state, status.last_state
+        now = (state.running or state.terminated) if state else None
+        started = (now.started_at or "") if now else ""
+        before = last.terminated if last else None
+        previous = (before.container_id or "") if before else ""
+    return Container(
+        name=intern(spec.name),
+        id=_bare(status.container_id) if status else "",
+        previous_id=_bare(previous),
+        image=intern(spec.image),
+        image_id=intern(_without_scheme(status.image_id)) if status else "",
+        started=started,
+        privileged=context.privileged if context else None,
+    )
+
+
+def _bare(container_id: str) -> str:
+    """``containerd://<64 hex>`` without its runtime."""
+    return container_id.rpartition("://")[2]
+
+
+def _without_scheme(image_id: str) -> str:
+    """``docker-pullable://repository@sha256:...`` without its scheme."""
+    return image_id.rpartition("://")[2]
+
+
+def _seconds(timestamp: str | None) -> float:
+    nanoseconds = time_ns(timestamp) if timestamp else None
+    return 0.0 if nanoseconds is None else nanoseconds / 1e9
