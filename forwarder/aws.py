@@ -27,6 +27,8 @@ import structlog
 from aiobotocore.config import AioConfig
 from aiobotocore.credentials import AioAssumeRoleCredentialFetcher, AioDeferredRefreshableCredentials
 from aiobotocore.session import AioSession
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
 
 from forwarder import __version__
 from forwarder.config import setting
@@ -114,7 +116,7 @@ class AwsSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     def faults(self) -> Iterator[tuple[str, str]]:
         if not region_of(self, os.environ):
-            yield "region", "is required, here or as AWS_REGION"
+            yield "region", "is required, here or as AWS_REGION (on EC2, run asks the instance for it)"
 
 
 class Role(msgspec.Struct, frozen=True):
@@ -152,6 +154,7 @@ class Aws:
         self._validate = validate
         self._clients: dict[tuple[str, Role | None], Client] = {}
         self._making = asyncio.Lock()
+        self._credentials: Any = None
         self.region = region_of(settings, os.environ)
         self.known_account = settings.account_id
         """The caller's account, once it is known."""
@@ -206,6 +209,16 @@ class Aws:
         finally:
             _body.reset(token)
 
+    async def sign(self, service: str, request: AWSRequest) -> None:
+        """Add the signature of our own credentials; raises ``DeliveryError``. For calls the SDK has no client for here."""
+        try:
+            if self._credentials is None:
+                raise sdk.NoCredentialsError
+            frozen = await self._credentials.get_frozen_credentials()
+            SigV4Auth(frozen, service, self.region).add_auth(request)
+        except Exception as error:
+            raise translate(error) from error
+
     async def _ready(self, client: Client) -> Any:
         """The SDK client, made where there is none."""
         if client.sdk is None:
@@ -218,7 +231,12 @@ class Aws:
         return client.sdk
 
     async def _create(self, client: Client) -> Any:
-        session: Any = AioSession() if client.role is None else await self._assumed(client.role)
+        session: Any
+        if client.role is not None:
+            session = await self._assumed(client.role)
+        else:
+            session = AioSession()
+            self._credentials = await session.get_credentials()
         made = await client.stack.enter_async_context(
             session.create_client(client.service, region_name=self.region, config=self._client_config())
         )
