@@ -112,6 +112,8 @@ class Bench:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
         self.figures: dict[str, Any] = {}
+        self.kubeconfig: Path | None = None
+        """Set: every forwarder enriches from the API there."""
         self.fake = subprocess.Popen(
             [
                 "taskset",
@@ -158,7 +160,8 @@ class Bench:
         config.write_text(
             f"cluster: {{name: bench}}\nspool: {{directory: {directory}, sync: {sync}, bytes_max: 2147483648}}\n"
             f"receiver: {{host: 127.0.0.1, port: {port}}}\nadmin: {{host: 127.0.0.1, port: {admin}}}\n"
-            "log: {level: warning}\ndelivery: {drain_secs_max: 5}\nsinks:\n"
+            f"enrichment: {{{self._enrichment()}ec2: {{enabled: false}}, ecs: {{enabled: false}}}}\n"
+            "log: {level: error}\ndelivery: {drain_secs_max: 5}\nsinks:\n"
             "  cloudwatch_logs: {enabled: true, log_group: /falco/bench, minimum_priority: "
             f"{'debug' if both else 'emergency'}, linger_secs: 0.1}}\n"
             f"  security_hub: {{enabled: {str(both).lower()}, rate_per_sec: 100000, burst: 100000, linger_secs: 0.1}}\n"
@@ -174,6 +177,11 @@ class Bench:
             self.figures[f"_{name}_lags"] = server.stop().get("lags", [])
             if spool is None:
                 shutil.rmtree(directory)
+
+    def _enrichment(self) -> str:
+        if self.kubeconfig is None:
+            return "kubernetes: {enabled: false}, "
+        return f"kubernetes: {{enabled: true, kubeconfig: {self.kubeconfig}}}, "
 
     def counts(self) -> dict[str, int]:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.aws_port}/counts") as answer:
