@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from forwarder import __version__
+
+T = TypeVar("T")
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 
@@ -27,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--config", type=Path, metavar="FILE", help="configuration (YAML)")
     check = commands.add_parser("check", help="list every fault of the configuration")
     check.add_argument("--config", type=Path, metavar="FILE", help="configuration (YAML)")
-    check.add_argument("--live", action="store_true", help="also try credentials, group and hub at AWS")
+    check.add_argument(
+        "--live", action="store_true", help="also try AWS, the Kubernetes API and instance metadata"
+    )
     replay = commands.add_parser("replay", help="post stored Falco alerts (NDJSON) to a receiver")
     replay.add_argument("file", metavar="FILE", help="NDJSON file, or - for standard input")
     replay.add_argument("--url", default="http://127.0.0.1:2801/", help="receiver (%(default)s)")
@@ -59,7 +65,7 @@ def _run(config: Path | None) -> int:
     from forwarder.spool_schema import SpoolUnusableError  # noqa: PLC0415
 
     try:
-        settings = load_settings(config)
+        settings = _with_region(lambda: load_settings(config))
     except ConfigError as error:
         return _report(error)
     configure(settings.log.level)
@@ -84,7 +90,7 @@ def _check(config: Path | None, *, live: bool) -> int:
     from forwarder.app import ConfigError, load_settings  # noqa: PLC0415
 
     try:
-        settings = load_settings(config)
+        settings = _with_region(lambda: load_settings(config)) if live else load_settings(config)
     except ConfigError as error:
         return _report(error)
     print("configuration ok")
@@ -95,6 +101,23 @@ def _check(config: Path | None, *, live: bool) -> int:
     steps = asyncio.run(live_check(settings))
     print(table(steps))
     return EXIT_OK if all(step.ok for step in steps) else EXIT_FAILED
+
+
+def _with_region(load: Callable[[], T]) -> T:
+    """The settings; where they lack a region, the instance this runs on may know it."""
+    from forwarder.config import ConfigError  # noqa: PLC0415
+    from forwarder.enrichment.ec2 import read_identity  # noqa: PLC0415
+
+    try:
+        return load()
+    except ConfigError as error:
+        if not any(fault.where == "aws.region" for fault in error.faults):
+            raise
+        identity = asyncio.run(read_identity(os.environ))
+        if identity is None:
+            raise
+        os.environ["AWS_REGION"] = identity.region
+        return load()
 
 
 def _report(error: Exception) -> int:

@@ -26,12 +26,14 @@ import structlog
 
 from forwarder.admin import Admin, AdminSettings
 from forwarder.aws import Aws, AwsSettings
+from forwarder.cluster_identity import ClusterIdentity, Surroundings
 from forwarder.config import ConfigError as ConfigError  # noqa: PLC0414 - part of this module's face
 from forwarder.config import load, setting
 from forwarder.contract import Sink
 from forwarder.delivery import DeliverySettings, Worker
 from forwarder.enricher import Enricher, Enrichment
 from forwarder.enrichment import ENRICHERS, enricher_class
+from forwarder.enrichment.kubernetes import Kubernetes
 from forwarder.ingest import Ingest
 from forwarder.logs import LogSettings
 from forwarder.metrics import Metrics
@@ -160,8 +162,10 @@ class Application:
             for name in ENRICHERS
             if getattr(settings.enrichment, name).enabled is not False
         ]
+        self.identity = ClusterIdentity(settings.cluster.name, self.aws, self._surroundings())
         self.enrichment = Enrichment(
             self.enrichers,
+            cluster=None if settings.cluster.name else self.identity.discovered,
             now=monotonic,
             failed=self.metrics.enrichment["failed"].inc,
             completed=self.metrics.enrichment_completed.inc,
@@ -195,6 +199,8 @@ class Application:
             for enricher in self.enrichers:
                 await enricher.start()
                 stack.push_async_callback(enricher.stop)
+            await self.identity.start()
+            stack.push_async_callback(self.identity.stop)
             tasks = [
                 asyncio.create_task(self._guard(worker), name=f"delivery {worker.name}")
                 for worker in self.workers
@@ -289,6 +295,7 @@ class Application:
                 "dead_letters": self.spool.dead,
             },
             "sinks": {worker.name: worker.status()._asdict() for worker in self.workers},
+            "cluster": {"name": self.identity.name or None, "source": self.identity.source or None},
             "enrichment": {enricher.name: enricher.status() for enricher in self.enrichers},
         }
 
@@ -343,6 +350,17 @@ class Application:
             self.ingest.publish()
             for enricher in self.enrichers:
                 enricher.publish()
+
+    def _surroundings(self) -> Surroundings:
+        """What the cluster's name may be learned from."""
+        for enricher in self.enrichers:
+            if isinstance(enricher, Kubernetes):
+                return Surroundings(
+                    nodes_say=enricher.cluster,
+                    an_instance=enricher.an_instance,
+                    api=lambda found=enricher: found.api,  # type: ignore[misc]
+                )
+        return Surroundings()
 
     def _enricher(self, name: str, monotonic: Callable[[], float]) -> Enricher:
         enricher: Enricher = enricher_class(name)(

@@ -52,6 +52,8 @@ class Fields(msgspec.Struct, frozen=True, gc=False):
 
 _fields = msgspec.json.Decoder(Fields | None)
 _NOTHING = Fields()
+_PREFIXES = {key: f'"{key}":'.encode() for key in ("cluster", "kubernetes", "node", "ecs")}
+"""The root keys that are an enricher's to use (``alert.RESERVED_KEYS``)."""
 _cluster = re.compile(rb'"cluster":"[^"]*"')
 _NAMES = {field.encode_name: field.name for field in msgspec.structs.fields(Fields)}
 
@@ -125,7 +127,7 @@ class Enrichment:
         self,
         enrichers: Sequence[Enricher] = (),
         *,
-        cluster: Callable[[], str] = str,
+        cluster: Callable[[], str] | None = None,
         now: Callable[[], float],
         failed: Callable[[], None] = lambda: None,
         completed: Callable[[], None] = lambda: None,
@@ -145,8 +147,10 @@ class Enrichment:
         """Members for the root of the CloudWatch event, without braces, and whether that is all there is to know."""
         members: dict[str, bytes] = {}
         complete = True
-        if not again:
-            self._name_cluster(members)
+        if self._cluster is not None and not again:
+            name = self._cluster()
+            if name:
+                members["cluster"] = json_encode(name)
         try:
             subject = subject_of(alert, time_ns, peer, again=again)
             for enricher in self._enrichers:
@@ -174,12 +178,7 @@ class Enrichment:
         enrichment = b",".join(filter(None, (named[0] if named else b"", enrichment)))
         return msgspec.structs.replace(record, enrichment=enrichment) if enrichment else record
 
-    def _name_cluster(self, members: dict[str, bytes]) -> None:
-        cluster = self._cluster()
-        if cluster:
-            members["cluster"] = json_encode(cluster)
-
 
 def joined(members: Mapping[str, bytes]) -> bytes:
     """``"node":{...},"kubernetes":{...}``."""
-    return b",".join([b'"%b":%b' % (key.encode(), value) for key, value in members.items()])
+    return b",".join([_PREFIXES[key] + value for key, value in members.items()])

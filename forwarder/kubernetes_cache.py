@@ -303,13 +303,20 @@ class Nodes:
 class Metas:
     """Namespaces by name, or ReplicaSets and Jobs by UID; deleted owners stay as long as their pods do."""
 
-    def __init__(self, *, now: Callable[[], float], monotonic: Callable[[], float], by_name: bool) -> None:
+    def __init__(
+        self,
+        *,
+        now: Callable[[], float],
+        monotonic: Callable[[], float],
+        by_name: bool,
+        changed: Callable[[], object] = lambda: None,
+    ) -> None:
+        """``changed`` is called when something that was known is different now."""
         self._now = now
+        self._changed = changed
         self._graves = Graves(monotonic, TOMBSTONE_SECS, TOMBSTONES_MAX)
         self._by_uid: dict[str, Meta] = {}
         self._by_name: dict[str, Meta] | None = {} if by_name else None
-        self.generation = 0
-        """Grows when something that was known is different now."""
 
     def __len__(self) -> int:
         return len(self._by_uid) - len(self._graves.deleted_at)
@@ -323,7 +330,8 @@ class Metas:
         if before == meta:
             return
         named = self._by_name.get(meta.name) if self._by_name is not None else None
-        self.generation += before is not None or named is not None
+        if before is not None or named is not None:
+            self._changed()
         self._by_uid[meta.uid] = meta
         if self._by_name is not None:
             if named is not None and named.uid != meta.uid:

@@ -5,11 +5,41 @@ Nothing is invented: what is unknown is absent. The shapes are public (docs/enri
 
 from __future__ import annotations
 
-from typing import Any
+import msgspec
 
 from forwarder.alert import encode as json_encode
 from forwarder.kubernetes_cache import Metas, Nodes, top_owner
 from forwarder.kubernetes_objects import Container, Node, Owner, Pod
+
+
+class _Workload(msgspec.Struct, gc=False):
+    kind: str
+    name: str
+
+
+class _Kubernetes(msgspec.Struct, gc=False, omit_defaults=True):
+    """In the order of the event's keys; what is empty is left out."""
+
+    namespace: str = ""
+    pod: str = ""
+    pod_uid: str = ""
+    container: str = ""
+    container_id: str = ""
+    image: str = ""
+    image_id: str = ""
+    container_started: str = ""
+    privileged: bool | None = None
+    workload: _Workload | None = None
+    service_account: str = ""
+    pod_ip: str = ""
+    labels: dict[str, str] | None = None
+    namespace_labels: dict[str, str] | None = None
+    node: str = ""
+    resolved_by: str = ""
+    stale: bool | None = None
+
+
+_UNKNOWN = Container("", "", "", "", "", "", None)
 
 
 def kubernetes_member(
@@ -22,23 +52,28 @@ def kubernetes_member(
     stale: bool,
 ) -> bytes:
     """``kubernetes`` of an alert whose pod is known."""
-    member: dict[str, Any] = {"namespace": pod.namespace, "pod": pod.name, "pod_uid": pod.uid}
-    if container is not None:
-        member["container"] = container.name
-        member["container_id"] = container.id
-        member["image"] = container.image
-        member["image_id"] = container.image_id
-        member["container_started"] = container.started
-        member["privileged"] = container.privileged
-    member["workload"] = {"kind": workload.kind, "name": workload.name}
-    member["service_account"] = pod.service_account
-    member["pod_ip"] = pod.ip
-    member["labels"] = _mapping(pod.labels)
-    member["namespace_labels"] = _mapping(namespace_labels)
-    member["node"] = pod.node
-    member["resolved_by"] = resolved_by
-    known = {key: value for key, value in member.items() if value not in ("", None, {})}
-    return json_encode(known | {"stale": stale})
+    named = container or _UNKNOWN
+    return json_encode(
+        _Kubernetes(
+            pod.namespace,
+            pod.name,
+            pod.uid,
+            named.name,
+            named.id,
+            named.image,
+            named.image_id,
+            named.started,
+            named.privileged,
+            _Workload(workload.kind, workload.name),
+            pod.service_account,
+            pod.ip,
+            _mapping(pod.labels),
+            _mapping(namespace_labels),
+            pod.node,
+            resolved_by,
+            stale,
+        )
+    )
 
 
 def told_member(**told: str) -> bytes:
@@ -75,5 +110,5 @@ def cluster_of(nodes: Nodes) -> str:
     return names.pop() if len(names) == 1 else ""
 
 
-def _mapping(flat: tuple[str, ...]) -> dict[str, str]:
-    return dict(zip(flat[::2], flat[1::2], strict=True))
+def _mapping(flat: tuple[str, ...]) -> dict[str, str] | None:
+    return dict(zip(flat[::2], flat[1::2], strict=True)) if flat else None

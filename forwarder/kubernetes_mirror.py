@@ -27,8 +27,8 @@ from forwarder.kubernetes_objects import (
 from forwarder.kubernetes_reflector import Reflector, Resource
 from forwarder.metrics import Metrics
 
-STALE_SECS = 150.0
-"""A healthy watch says something every minute (bookmarks)."""
+STALE_SECS = 180.0
+"""A healthy watch says something every minute (bookmarks); three of them missed."""
 
 RESOURCES = {
     "pods": Resource("pods", "", metadata_only=False),
@@ -78,15 +78,17 @@ class Mirror:
         namespace_labels: Labels,
         now: Callable[[], float],
         monotonic: Callable[[], float],
+        changed: Callable[[], object],
     ) -> None:
+        """``changed`` is called when owners or labels that may have been used are different now."""
         self._pod_labels = pod_labels
         self._namespace_labels = namespace_labels
         self._monotonic = monotonic
         self.pods = Pods(now=now, monotonic=monotonic)
         self.nodes = Nodes()
-        self.namespaces = Metas(now=now, monotonic=monotonic, by_name=True)
-        self.replicasets = Metas(now=now, monotonic=monotonic, by_name=False)
-        self.jobs = Metas(now=now, monotonic=monotonic, by_name=False)
+        self.namespaces = Metas(now=now, monotonic=monotonic, by_name=True, changed=changed)
+        self.replicasets = Metas(now=now, monotonic=monotonic, by_name=False, changed=changed)
+        self.jobs = Metas(now=now, monotonic=monotonic, by_name=False, changed=changed)
         self.owners = {"ReplicaSet": self.replicasets, "Job": self.jobs}
         self.reflectors: dict[str, Reflector] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -134,10 +136,6 @@ class Mirror:
         if reflector is None or not reflector.connected or not reflector.synced.is_set():
             return True
         return self._monotonic() - reflector.heard_at > STALE_SECS
-
-    def generation(self) -> int:
-        """Grows when owners or labels that may have been used are different now."""
-        return self.namespaces.generation + self.replicasets.generation + self.jobs.generation
 
     def expire(self) -> None:
         self.pods.expire()

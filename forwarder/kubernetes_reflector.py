@@ -37,6 +37,8 @@ WATCH_SECS_MIN, WATCH_SECS_MAX = 300.0, 600.0
 READ_MARGIN_SECS = 30.0
 LIST_READ_SECS = 60.0
 BACKOFF_BASE_SECS, BACKOFF_MAX_SECS, HEALTHY_SECS = 0.8, 30.0, 120.0
+WISH_SECS_MAX = 60.0
+"""A Retry-After is heeded up to this."""
 SHORT_WATCH_SECS = 1.0
 LINE_BYTES_MAX = 4 << 20
 """An object in etcd has 1.5 MB at most."""
@@ -196,7 +198,7 @@ class Reflector:
         if now - self._said_at >= LOG_SECS:
             self._said_at = now
             log.warning("watch broken", kind=self.resource.kind, reason=error.reason, error=str(error))
-        await asyncio.sleep(max(self._backoff.next_secs(), min(error.delay_secs, 2 * BACKOFF_MAX_SECS)))
+        await asyncio.sleep(max(self._backoff.next_secs(), min(error.delay_secs, WISH_SECS_MAX)))
 
     # ---- listing ------------------------------------------------------------------------------------
 
@@ -221,6 +223,9 @@ class Reflector:
         parameters = {"limit": str(self._page_objects)}
         if version:
             parameters["resourceVersion"] = version
+        if version not in {"", "0"}:
+            # With a limit, the server would take the version for exact, and it is soon too old; without, for "not older".
+            del parameters["limit"]
         for _ in range(PAGES_MAX):
             if self.resource.field_selector:
                 parameters["fieldSelector"] = self.resource.field_selector

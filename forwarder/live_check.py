@@ -9,25 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from forwarder.alert import encode
 from forwarder.app import Settings, enabled_sinks
 from forwarder.aws import Aws, Client
 from forwarder.contract import Blocked, DeliveryError, Permanent, Permission
+from forwarder.live_check_step import Step
+from forwarder.live_check_surroundings import surroundings
 from forwarder.sinks.cloudwatch_logs import role_of
 from forwarder.timestamp import iso_milliseconds
 
 TEST_STREAM = "falco-forwarder-check"
-
-
-class Step(NamedTuple):
-    """One line of the table."""
-
-    what: str
-    ok: bool
-    finding: str
-    advice: str = ""
 
 
 async def live_check(settings: Settings) -> list[Step]:
@@ -45,6 +38,7 @@ async def live_check(settings: Settings) -> list[Step]:
         steps.append(identity)
         for name in sinks:
             steps += await _CHECKS[name][1](settings, aws)
+        steps += await surroundings(settings, aws)
     finally:
         await aws.close()
     return steps

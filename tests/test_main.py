@@ -90,6 +90,7 @@ spool: {{directory: {tmp_path / "spool"}, bytes_max: 16777216}}
 receiver: {{host: 127.0.0.1, port: 0, drain_delay_secs: 0}}
 admin: {{host: 127.0.0.1, port: 0}}
 aws: {{region: eu-west-1}}
+enrichment: {{kubernetes: {{enabled: false}}, ec2: {{enabled: false}}, ecs: {{enabled: false}}}}
 sinks:
   cloudwatch_logs: {{enabled: true, log_group: /falco/prod}}
   security_hub: {{enabled: true}}

@@ -29,7 +29,7 @@ import structlog
 
 from forwarder.alert import present
 from forwarder.config import setting
-from forwarder.enricher import Fields, Subject
+from forwarder.enricher import PLUGIN_FREE_SOURCES, Fields, Subject
 from forwarder.kubernetes_access import Access, AccessError, find_source
 from forwarder.kubernetes_api import Api
 from forwarder.kubernetes_cache import container_named, container_of
@@ -45,7 +45,8 @@ from forwarder.kubernetes_missing import Missing
 from forwarder.kubernetes_objects import Container, Labels, Node, Pod, decode_pod
 from forwarder.metrics import Metrics
 
-REMEMBERED_MAX = 4096
+REMEMBERED_MAX = 12_288
+"""About 1.1 KB each."""
 START_AGAIN_SECS = 30.0
 ABSENT = "<NA>"
 _NO_CONTAINER = frozenset({"host", ABSENT})
@@ -108,11 +109,13 @@ class Kubernetes:
         self._rng = rng
         self._environment = environment
         self._labels = Labels(settings.labels, settings.labels_bytes_max)
+        self._remembered: dict[tuple[str, str, str, str], tuple[Pod, bool, bytes]] = {}
         self.mirror = Mirror(
             pod_labels=self._labels,
             namespace_labels=Labels(settings.namespace_labels, settings.labels_bytes_max),
             now=now,
             monotonic=monotonic,
+            changed=self._remembered.clear,
         )
         self.api: Api | None = None
         self.trouble = ""
@@ -121,7 +124,6 @@ class Kubernetes:
         self._task: asyncio.Task[None] | None = None
         self._results: Counter[str] = Counter()
         self._unsynced = self._stale = True
-        self._remembered: dict[tuple[str, str, str, bool], tuple[Pod, int, bytes]] = {}
         self._remembered_nodes: dict[str, tuple[Node, bytes]] = {}
 
     # ---- life ---------------------------------------------------------------------------------------
@@ -175,6 +177,10 @@ class Kubernetes:
         """Name of the cluster as its nodes tell it, or nothing."""
         return cluster_of(self.mirror.nodes)
 
+    def an_instance(self) -> str:
+        """Id of any EC2 instance that is a node, or nothing."""
+        return next((node.instance_id for node in self.mirror.nodes.live() if node.instance_id), "")
+
     def publish(self) -> None:
         for result, count in self._results.items():
             self._metrics.enrichment[result].inc(count)
@@ -206,7 +212,7 @@ class Kubernetes:
         fields = subject.fields
         if subject.source == "k8s_audit":
             return self._audited(subject, members)
-        if self.api is None or not subject.on_a_node:
+        if self.api is None or subject.source not in PLUGIN_FREE_SOURCES:
             return self._count(subject, "not_applicable")
         told = _told(fields)
         if not (told.container_id or told.pod or told.uid or told.ip):
@@ -275,15 +281,12 @@ class Kubernetes:
         return True
 
     def _member(self, pod: Pod, told: _Told, step: str) -> tuple[bytes, bool]:
-        """``kubernetes`` of a known pod; remembered, because alerts come in swarms."""
-        container = _container(pod, told)
-        # Named by an id nobody knows yet: the runtime was quicker than the watch.
-        fresh = container is None and bool(told.container_id) and self._hopes_for(told.container_id)
-        key = (pod.uid, f"{container.name} {container.started}" if container else "", step, self._stale)
-        generation = self.mirror.generation()
+        """``kubernetes`` of a known pod, and whether it is all there is; remembered, because alerts come in swarms."""
+        key = (pod.uid, told.container_id, told.container, step)
         known = self._remembered.get(key)
-        if known is not None and known[0] is pod and known[1] == generation:
-            return known[2], not fresh
+        if known is not None and known[0] is pod and known[1] is self._stale:
+            return known[2], True
+        container = _container(pod, told)
         workload, sure = workload_of(pod, self.mirror.owners)
         namespace = self.mirror.namespaces.named(pod.namespace)
         member = kubernetes_member(
@@ -296,10 +299,12 @@ class Kubernetes:
         )
         # Where a kind is forbidden or away for good, there is nothing to wait for.
         hopeless = self.mirror.stale("replicasets") or self.mirror.stale("namespaces")
-        sure = (sure and namespace is not None) or hopeless
-        if sure:
-            _remember(self._remembered, key, (pod, generation, member))
-        return member, sure and not fresh
+        if container is None and told.container_id and self._hopes_for(told.container_id):
+            return member, False  # the runtime was quicker than the watch
+        if not hopeless and not (sure and namespace is not None):
+            return member, False
+        _remember(self._remembered, key, (pod, self._stale, member))
+        return member, True
 
     def _hopes_for(self, container_id: str) -> bool:
         return self._missing is not None and self._missing.miss("", container_id)
