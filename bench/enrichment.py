@@ -10,7 +10,6 @@ Prints a table and writes build/bench-enrichment.json. See docs/benchmarks.md.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gc
 import json
 import os
@@ -22,13 +21,12 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.fake_kubernetes import PODS, cluster, container_id
+from bench.fake_kubernetes import PODS, api_server, cluster, container_id, kubeconfig, wait_synced
 from bench.load import closed_loop, paced
 from bench.run import ALL_CORES, BUILD, LOAD_CORE, Bench, free_port, numbers
 from forwarder.alert import decode
@@ -43,37 +41,9 @@ from forwarder.metrics import Metrics
 
 HERE = Path(__file__).parent
 ALERTS = 20_000
+LOAD = ALL_CORES[LOAD_CORE % len(ALL_CORES)]
 ROUNDS = 5
 SAMPLE_SECS = 0.002
-
-
-def kubeconfig(folder: Path, port: int) -> Path:
-    file = folder / "kubeconfig"
-    named = {
-        "current-context": "bench",
-        "contexts": [{"name": "bench", "context": {"cluster": "bench", "user": "bench"}}],
-        "clusters": [{"name": "bench", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
-        "users": [{"name": "bench", "user": {"token": "bench"}}],
-    }
-    file.write_text(json.dumps(named))
-    return file
-
-
-@contextlib.contextmanager
-def api_server(port: int) -> Iterator[subprocess.Popen[str]]:
-    core = str(ALL_CORES[LOAD_CORE % len(ALL_CORES)])
-    process = subprocess.Popen(
-        ["taskset", "-c", core, sys.executable, str(HERE / "fake_kubernetes.py"), str(port)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout
-    process.stdout.readline()
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def enricher(config: str = "") -> Kubernetes:
@@ -143,7 +113,7 @@ async def watch(config: str, port: int) -> dict[str, Any]:
 
 def memory(folder: Path) -> dict[str, Any]:
     port = free_port()
-    with api_server(port):
+    with api_server(port, LOAD):
         out = subprocess.run(
             [sys.executable, __file__, "watch", str(kubeconfig(folder, port)), str(port)],
             stdout=subprocess.PIPE,
@@ -246,17 +216,6 @@ def _ingest(enrichment: Enrichment | None) -> Ingest:
 # ---- the whole service -----------------------------------------------------------------------------------
 
 
-def wait_synced(admin: int, secs: float = 60) -> None:
-    until = time.monotonic() + secs
-    while time.monotonic() < until:
-        with urllib.request.urlopen(f"http://127.0.0.1:{admin}/status") as answer:
-            kinds = json.loads(answer.read())["enrichment"]["kubernetes"].get("kinds", {})
-        if kinds and all(kind["synced"] for kind in kinds.values()):
-            return
-        time.sleep(0.1)
-    raise SystemExit("not synced")
-
-
 def acknowledged(folder: Path, secs: float, rounds: int) -> dict[str, Any]:
     """Alerts acknowledged a second, and how long an answer takes, with the API server running, frozen and gone."""
     bench = Bench(secs, rounds, folder)
@@ -272,7 +231,10 @@ def acknowledged(folder: Path, secs: float, rounds: int) -> dict[str, Any]:
 
     try:
         for _ in range(rounds):
-            with api_server(port) as api, bench.forwarder("enriched", sinks="none") as (_, receiver, admin):
+            with (
+                api_server(port, LOAD) as api,
+                bench.forwarder("enriched", sinks="none") as (_, receiver, admin),
+            ):
                 wait_synced(admin)
                 closed_loop(receiver, connections=64, secs=1.0, start=numbers())
                 measure("running", receiver)

@@ -7,8 +7,13 @@ for, as the real one does at resourceVersion 0. ``POST /expire`` ends all watche
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +127,46 @@ async def serve(port: int) -> None:
     await web.TCPSite(runner, "127.0.0.1", port).start()
     print("ready", flush=True)
     await asyncio.Event().wait()
+
+
+def kubeconfig(folder: Path, port: int) -> Path:
+    file = folder / "kubeconfig"
+    named = {
+        "current-context": "bench",
+        "contexts": [{"name": "bench", "context": {"cluster": "bench", "user": "bench"}}],
+        "clusters": [{"name": "bench", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
+        "users": [{"name": "bench", "user": {"token": "bench"}}],
+    }
+    file.write_text(json.dumps(named))
+    return file
+
+
+@contextlib.contextmanager
+def api_server(port: int, core: int) -> Iterator[subprocess.Popen[str]]:
+    """The process of this file, on one core."""
+    process = subprocess.Popen(
+        ["taskset", "-c", str(core), sys.executable, __file__, str(port)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    process.stdout.readline()
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_synced(admin: int, secs: float = 60) -> None:
+    until = time.monotonic() + secs
+    while time.monotonic() < until:
+        with urllib.request.urlopen(f"http://127.0.0.1:{admin}/status") as answer:
+            kinds = json.loads(answer.read())["enrichment"]["kubernetes"].get("kinds", {})
+        if kinds and all(kind["synced"] for kind in kinds.values()):
+            return
+        time.sleep(0.1)
+    raise SystemExit("not synced")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.fake_kubernetes import api_server, kubeconfig, wait_synced
 from bench.load import Alerts, Result, closed_loop, paced
 from forwarder.record import Record
 from forwarder.spool_store import Batch, Store
@@ -172,6 +173,8 @@ class Bench:
         arguments = [str(HERE / "serve.py"), "forwarder", str(config), *(["--sample"] if sample else [])]
         server = Server(arguments, environment, SERVER_CORE)
         try:
+            if self.kubeconfig is not None:
+                wait_synced(admin)
             yield server, port, admin
         finally:
             self.figures[f"_{name}_lags"] = server.stop().get("lags", [])
@@ -345,6 +348,9 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--secs", type=float, default=5.0, help="length of one measurement")
     arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument(
+        "--enriched", action="store_true", help="with enrichment on and 10,000 pods cached"
+    )
     arguments.add_argument("--only", default="", help="comma-separated scenarios")
     options = arguments.parse_args()
     pin(LOAD_CORE)
@@ -354,8 +360,13 @@ def main() -> int:
         if options.only
         else ["accepted_64", "accepted_1", "new_connection", "delivered", "latency", "backlog"]
     )
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=BUILD) as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=BUILD))
         bench = Bench(options.secs, options.rounds, Path(folder))
+        if options.enriched:
+            port = free_port()
+            stack.enter_context(api_server(port, ALL_CORES[LOAD_CORE % len(ALL_CORES)]))
+            bench.kubeconfig = kubeconfig(Path(folder), port)
         try:
             print(
                 f"alerts of {Alerts(0).body_bytes} bytes, {options.rounds} rounds of {options.secs:.0f} s, Python {sys.version.split()[0]}"

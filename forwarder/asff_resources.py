@@ -9,17 +9,21 @@ The first resource is the target: the container, else the pod, else the host; of
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import msgspec
 
 from forwarder.alert import encode as json_encode
 from forwarder.asff_context import Context, check, cut
-from forwarder.asff_schema import INSTANCE_TYPE_MAX, OTHER_KEY_MAX, OTHER_MAX, resources_faults
+from forwarder.asff_schema import INSTANCE_TYPE_MAX, OTHER_KEY_MAX, OTHER_MAX, Timestamp, resources_faults
 
 _PARTITIONS = frozenset({"aws", "aws-cn", "aws-us-gov", "aws-us-iso", "aws-us-iso-b"})
 """What ``Resources[].Partition`` knows; elsewhere the member is left out."""
 ARN_PARTS = 6
+_REGION = re.compile(r"(?=.{1,16}\Z)[a-z]{2,8}(?:-[a-z]+)+-\d{1,2}\Z")
+_CLUSTER = re.compile(r"[0-9A-Za-z][A-Za-z0-9_-]{0,99}\Z")
+"""EKS' own rule for names."""
 
 
 class ContainerFields(NamedTuple):
@@ -133,14 +137,14 @@ def resources(
     """``Resources``, encoded and checked. ``enrichment`` as in ``Record``."""
     known = _enrichment.decode(b"{%b}" % enrichment)
     found = _workloads(known, container)
-    if known.ecs is not None and known.ecs.task_arn:
+    if known.ecs is not None and _is_said(known.ecs.task_arn):
         found.append(_ecs_task(known.ecs))
     if known.node is not None:
         found.append(_host(context, known.node, hostname))
-    elif hostname:
+    elif _is_said(hostname):
         found.append(_other(hostname, hostname=hostname))
     cluster = context.cluster or known.cluster
-    if cluster and known.ecs is None:
+    if _CLUSTER.match(cluster) and known.ecs is None:
         found.append(_eks_cluster(context, cluster, known.node))
     if not found:
         found.append({"Type": "Other", "Id": cut(f"falco/{source}", 512)})
@@ -157,29 +161,29 @@ def resources(
 def _workloads(known: _Enrichment, container: ContainerFields) -> list[dict[str, Any]]:
     """What ran there: the container, else its pod, else (audit) the namespace it is about. Or nothing: a host."""
     kubernetes, ecs = known.kubernetes or _Kubernetes(), known.ecs or _Ecs()
-    if ecs.container_arn:
+    if _is_said(ecs.container_arn):
         return [_ecs_container(ecs)]
-    if container.identity or kubernetes.container_id:
+    if _is_said(container.identity) or _is_said(kubernetes.container_id):
         return [_container(container, kubernetes, ecs)]
     return _pod_or_namespace(kubernetes)
 
 
 def _container(fields: ContainerFields, kubernetes: _Kubernetes, ecs: _Ecs) -> dict[str, Any]:
     repository = fields.repository or fields.image
-    image = f"{repository}:{fields.tag}" if repository and fields.tag else repository
+    image = f"{repository}:{fields.tag}" if fields.repository and fields.tag else repository
     typed: dict[str, Any] = {
         member: cut(value, 128)
         for member, value in (
             ("Name", kubernetes.container or ecs.container or fields.name),
-            ("ImageName", kubernetes.image or ecs.image or image),
+            ("ImageName", (kubernetes.image or ecs.image or image).partition("@")[0]),
             (
                 "ImageId",
                 _digest(kubernetes.image_id) or _digest(ecs.image_id) or fields.digest or fields.image_id,
             ),
         )
-        if value
+        if _is_said(value)
     }
-    if kubernetes.container_started:
+    if _is_time(kubernetes.container_started):
         typed["LaunchedAt"] = kubernetes.container_started
     if kubernetes.privileged is not None:
         typed["Privileged"] = kubernetes.privileged
@@ -189,7 +193,7 @@ def _container(fields: ContainerFields, kubernetes: _Kubernetes, ecs: _Ecs) -> d
     details = {name: part for name, part in (("Container", typed), ("Other", other)) if part}
     resource: dict[str, Any] = {
         "Type": "Container",
-        "Id": cut(kubernetes.container_id or fields.identity, 512),
+        "Id": cut(next(filter(_is_said, (kubernetes.container_id, fields.identity))), 512),
     }
     if details:
         resource["Details"] = details
@@ -223,7 +227,11 @@ def _pod_facts(kubernetes: _Kubernetes, fields: ContainerFields | None = None) -
 
 def _other_values(facts: dict[str, str]) -> dict[str, str]:
     """Within the limits of ``Details.Other``."""
-    kept = {key: cut(value, 1023) for key, value in facts.items() if value and len(key) <= OTHER_KEY_MAX}
+    kept = {
+        key: cut(value, 1023)
+        for key, value in facts.items()
+        if _is_said(value) and _is_said(key.removeprefix("label/")) and len(key) <= OTHER_KEY_MAX
+    }
     return dict(list(kept.items())[:OTHER_MAX])
 
 
@@ -238,9 +246,9 @@ def _other(identity: str, **facts: str) -> dict[str, Any]:
 def _pod_or_namespace(kubernetes: _Kubernetes) -> list[dict[str, Any]]:
     """The pod, where the container is not known; of an audit alert the namespace it is about."""
     namespace = kubernetes.namespace
-    if kubernetes.pod:
-        identity = f"pod/{namespace}/{kubernetes.pod}" if namespace else f"pod/{kubernetes.pod}"
-    elif namespace:
+    if _is_said(kubernetes.pod):
+        identity = f"pod/{namespace}/{kubernetes.pod}" if _is_said(namespace) else f"pod/{kubernetes.pod}"
+    elif _is_said(namespace):
         identity = f"namespace/{namespace}"
     else:
         return []
@@ -256,16 +264,17 @@ def _host(context: Context, node: _Node, hostname: str) -> dict[str, Any]:
         "nodegroup": node.nodegroup,
         "compute_type": node.compute_type,
     }
-    region = node.region or context.region
+    region = node.region if _REGION.match(node.region) else context.region
     if not node.instance_id:
-        resource = _other(node.name or hostname or "node", **facts, provider_id=node.provider_id)
+        name = next(filter(_is_said, (node.name, hostname)), "node")
+        resource = _other(name, **facts, provider_id=node.provider_id)
     else:
         account = context.cluster_account or context.account
         arn = f"arn:{context.partition}:ec2:{region}:{account}:instance/{node.instance_id}"
         typed: dict[str, Any] = {}
-        if node.instance_type and len(node.instance_type) <= INSTANCE_TYPE_MAX:
+        if _is_said(node.instance_type) and len(node.instance_type) <= INSTANCE_TYPE_MAX:
             typed["Type"] = node.instance_type
-        if node.launched_at:
+        if _is_time(node.launched_at):
             typed["LaunchedAt"] = node.launched_at
         details = {"AwsEc2Instance": typed, "Other": _other_values(facts)}
         resource = {
@@ -273,13 +282,11 @@ def _host(context: Context, node: _Node, hostname: str) -> dict[str, Any]:
             "Id": arn,
             "Details": {name: part for name, part in details.items() if part},
         }
-    if node.region:
-        resource["Region"] = node.region
-    return resource
+    return resource | {"Region": region}
 
 
 def _eks_cluster(context: Context, cluster: str, node: _Node | None) -> dict[str, Any]:
-    region = node.region if node is not None and node.region else context.region
+    region = node.region if node is not None and _REGION.match(node.region) else context.region
     account = context.cluster_account or context.account
     arn = context.cluster_arn or f"arn:{context.partition}:eks:{region}:{account}:cluster/{cluster}"
     resource = {
@@ -292,7 +299,9 @@ def _eks_cluster(context: Context, cluster: str, node: _Node | None) -> dict[str
 
 def _ecs_container(ecs: _Ecs) -> dict[str, Any]:
     typed = {
-        name: cut(value, 512) for name, value in (("Name", ecs.container), ("Image", ecs.image)) if value
+        name: cut(value, 512)
+        for name, value in (("Name", ecs.container), ("Image", ecs.image))
+        if _is_said(value)
     }
     other = _other_values(
         {
@@ -310,16 +319,31 @@ def _ecs_container(ecs: _Ecs) -> dict[str, Any]:
 
 def _ecs_task(ecs: _Ecs) -> dict[str, Any]:
     """The task; the ARN of its definition follows from its own, the family and the revision."""
-    typed = {"ClusterArn": ecs.cluster_arn, "Group": f"service:{ecs.service}" if ecs.service else ""}
+    typed = {
+        "ClusterArn": ecs.cluster_arn,
+        "Group": f"service:{ecs.service}" if _is_said(ecs.service) else "",
+    }
     place = ecs.task_arn.split(":")
     if ecs.family and ecs.revision and len(place) == ARN_PARTS:
         typed["TaskDefinitionArn"] = f"{':'.join(place[:5])}:task-definition/{ecs.family}:{ecs.revision}"
-    typed = {name: cut(value, 512) for name, value in typed.items() if value}
+    typed = {name: cut(value, 512) for name, value in typed.items() if _is_said(value)}
     resource: dict[str, Any] = {"Type": "AwsEcsTask", "Id": cut(ecs.task_arn, 512)}
     return resource | ({"Details": {"AwsEcsTask": typed}} if typed else {}) | _region_of(ecs.task_arn)
+
+
+def _is_said(text: str) -> bool:
+    return bool(text) and not text.isspace()
+
+
+def _is_time(text: str) -> bool:
+    try:
+        msgspec.convert(text, Timestamp)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
 def _region_of(arn: str) -> dict[str, str]:
     """The region an ARN names, as a member."""
     parts = arn.split(":")
-    return {"Region": parts[3]} if len(parts) == ARN_PARTS and 0 < len(parts[3]) <= 16 else {}  # noqa: PLR2004
+    return {"Region": parts[3]} if len(parts) == ARN_PARTS and _REGION.match(parts[3]) else {}

@@ -1,7 +1,7 @@
 """Where the Kubernetes API is, and as whom we ask: the pod's own service account, or a kubeconfig.
 
-Tokens and certificates change while the service runs (the kubelet rotates them; EKS refuses tokens older than 90 days), so files
-are read again: every ``REREAD_SECS``, and at once after a 401. All reading happens in a thread: a volume may be slow.
+Tokens and the CA's certificate change while the service runs (the kubelet rotates them; EKS refuses tokens older than 90 days), so
+their files are read again: every ``REREAD_SECS``, and at once after a 401. A kubeconfig itself is read once. All reading happens in a thread: a volume may be slow.
 
 A kubeconfig may give a token, a file with one, or a client certificate. Plug-ins that run a program (``exec``) and the old
 providers are refused with a clear word: the image has no shell.
@@ -13,6 +13,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import os
 import ssl
 import tempfile
 from collections.abc import Mapping
@@ -100,14 +101,19 @@ def find_source(
 
     """
     path = kubeconfig or environment.get("KUBECONFIG", "")
+    if os.pathsep in path:
+        raise AccessError(f"KUBECONFIG names several files ({path}): name one")
     if path:
         return read_kubeconfig(Path(path))
     host, port = (
         environment.get("KUBERNETES_SERVICE_HOST", ""),
         environment.get("KUBERNETES_SERVICE_PORT", "443"),
     )
-    if not host or not (account / "token").exists():
-        return None
+    try:
+        if not host or not (account / "token").exists():
+            return None
+    except OSError as error:
+        raise AccessError(f"{account / 'token'} cannot be read: {error.strerror}") from error
     return Source(
         server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
         token_file=account / "token",
@@ -124,11 +130,16 @@ def read_kubeconfig(path: Path) -> Source:
         user = _named(data, "users", "user", context["user"]) if context.get("user") else {}
         return _source(path.parent, cluster, user)
     except OSError as error:
-        raise AccessError(f"{path} cannot be read: {error.strerror}") from error
+        raise AccessError(f"{error.filename or path} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
-        raise AccessError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        # Not the parser's own words: they quote the line, which may be the token's.
+        mark = getattr(error, "problem_mark", None)
+        raise AccessError(f"{path} is not valid YAML{f' (line {mark.line + 1})' if mark else ''}") from None
+    except RecursionError:
+        raise AccessError(f"{path} is nested too deeply") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise AccessError(f"{path} is no usable kubeconfig: {error}") from error
+        text = " ".join(str(error).split())
+        raise AccessError(f"{path} is no usable kubeconfig: {text}") from error
 
 
 def _source(folder: Path, cluster: Mapping[str, Any], user: Mapping[str, Any]) -> Source:
@@ -141,18 +152,19 @@ def _source(folder: Path, cluster: Mapping[str, Any], user: Mapping[str, Any]) -
     if not server.startswith(("https://", "http://")):
         raise AccessError(f"server {server!r} is neither https:// nor http://")
     token_file = user.get("tokenFile")
-    ca_file = cluster.get("certificate-authority")
+    ca_data = _decoded(cluster.get("certificate-authority-data"))
+    ca_file = None if ca_data else cluster.get("certificate-authority")
     return Source(
         server=server,
         token=str(user.get("token", "")),
         token_file=folder / token_file if token_file else None,
         ca_file=folder / ca_file if ca_file else None,
-        ca_data=_decoded(cluster.get("certificate-authority-data")),
+        ca_data=ca_data,
         certificate=_decoded(user.get("client-certificate-data"))
         or _file(folder, user.get("client-certificate")),
         key=_decoded(user.get("client-key-data")) or _file(folder, user.get("client-key")),
         server_name=cluster.get("tls-server-name"),
-        verify=not cluster.get("insecure-skip-tls-verify", False),
+        verify=cluster.get("insecure-skip-tls-verify") is not True,
     )
 
 
@@ -185,7 +197,7 @@ def _decoded(data: object) -> str:
     if not data:
         return ""
     with contextlib.suppress(binascii.Error, UnicodeDecodeError):
-        return base64.b64decode(str(data), validate=True).decode()
+        return base64.b64decode("".join(str(data).split()), validate=True).decode()
     raise ValueError("certificate or key data is not base64 of text")
 
 

@@ -187,7 +187,7 @@ def status_of(data: bytes) -> Status | None:
     """A ``Status`` object, if it is one."""
     try:
         return _status.decode(data)
-    except (msgspec.MsgspecError, RecursionError):
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None
 
 

@@ -14,90 +14,21 @@ Nothing survives the process: a restart lists everything again.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
 
+from forwarder.kubernetes_index import Graves, Many
 from forwarder.kubernetes_objects import Container, Meta, Node, Owner, Pod
 
 TOMBSTONE_SECS = 600.0
 TOMBSTONES_MAX = 20_000
+OWNER_TOMBSTONE_SECS = 2 * TOMBSTONE_SECS
+"""An owner may be deleted some time before its pods are."""
 SKEW_SECS = 5.0
 """Clocks of nodes and API server may differ by so much."""
 PROVISIONAL_SECS = 60.0
 SHORT_ID = 12
 """Falco gives twelve digits of a container id, or all 64."""
 OWNER_STEPS_MAX = 4
-
-K = TypeVar("K")
-
-
-class _Many(Generic[K]):
-    """Key -> pods, lean where there is one, which is nearly always."""
-
-    __slots__ = ("_of",)
-
-    def __init__(self) -> None:
-        self._of: dict[K, Any] = {}
-
-    def add(self, key: K, pod: Pod) -> None:
-        known = self._of.get(key)
-        if known is None:
-            self._of[key] = pod
-        elif isinstance(known, tuple):
-            self._of[key] = (*[other for other in known if other.uid != pod.uid], pod)
-        else:
-            self._of[key] = pod if known.uid == pod.uid else (known, pod)
-
-    def remove(self, key: K, uid: str) -> None:
-        known = self._of.get(key)
-        if known is None:
-            return
-        rest = tuple(pod for pod in (known if isinstance(known, tuple) else (known,)) if pod.uid != uid)
-        if not rest:
-            del self._of[key]
-        else:
-            self._of[key] = rest if len(rest) > 1 else rest[0]
-
-    def get(self, key: K) -> tuple[Pod, ...]:
-        known = self._of.get(key)
-        if known is None:
-            return ()
-        return known if isinstance(known, tuple) else (known,)
-
-
-class Graves:
-    """When what was deleted, oldest first, until it is forgotten."""
-
-    def __init__(self, monotonic: Callable[[], float], secs: float, count_max: int) -> None:
-        self._monotonic = monotonic
-        self._secs = secs
-        self._count_max = count_max
-        self._queue: deque[tuple[float, str]] = deque()
-        self._until: dict[str, float] = {}
-        self.deleted_at: dict[str, float] = {}
-        """Wall clock of the deletion, by UID."""
-
-    def dig(self, uid: str, at: float) -> None:
-        """Somebody died."""
-        until = self._monotonic() + self._secs
-        self.deleted_at[uid] = at
-        self._until[uid] = until
-        self._queue.append((until, uid))
-
-    def rise(self, uid: str) -> None:
-        """It lives after all."""
-        if self.deleted_at.pop(uid, None) is not None:
-            del self._until[uid]
-
-    def forgotten(self) -> Iterator[str]:
-        """UIDs whose time is over, or which are too many."""
-        now = self._monotonic()
-        while self._queue and (self._queue[0][0] <= now or len(self.deleted_at) > self._count_max):
-            until, uid = self._queue.popleft()
-            if self._until.get(uid) == until:  # else it rose, and perhaps died again later
-                self.rise(uid)
-                yield uid
 
 
 class Pods:
@@ -116,9 +47,9 @@ class Pods:
         self._graves = Graves(monotonic, tombstone_secs, tombstones_max)
         self._provisional: dict[str, float] = {}
         self._by_uid: dict[str, Pod] = {}
-        self._by_place: _Many[tuple[str, str]] = _Many()
-        self._by_name: _Many[str] = _Many()
-        self._by_address: _Many[str] = _Many()
+        self._by_place: Many[tuple[str, str]] = Many()
+        self._by_name: Many[str] = Many()
+        self._by_address: Many[str] = Many()
         self._by_container: dict[str, Pod] = {}
 
     def __len__(self) -> int:
@@ -144,8 +75,8 @@ class Pods:
 
     def offer(self, pod: Pod) -> bool:
         """Fetched by hand: taken where nothing is known of it, until the watch has spoken."""
-        others = [other for other in self._by_place.get((pod.namespace, pod.name)) if self.is_live(other)]
-        if pod.uid in self._by_uid or any(other.created >= pod.created for other in others):
+        rivals = self._by_place.get((pod.namespace, pod.name))
+        if pod.uid in self._by_uid or any(rival.created >= pod.created for rival in rivals):
             return False
         self._put(pod)
         self._provisional[pod.uid] = self._monotonic() + PROVISIONAL_SECS
@@ -218,14 +149,14 @@ class Pods:
     # ---- indexes ------------------------------------------------------------------------------------
 
     def _put(self, pod: Pod) -> None:
-        before = self._by_uid.get(pod.uid)
-        if before is None:
-            for other in self._by_place.get((pod.namespace, pod.name)):
+        self._graves.rise(pod.uid)
+        for other in self._by_place.get((pod.namespace, pod.name)):
+            if other.uid != pod.uid:
                 self.delete(other.uid)
-        else:
-            self._graves.rise(pod.uid)
-            if before == pod:
-                return
+        before = self._by_uid.get(pod.uid)
+        if before == pod:
+            return
+        if before is not None:
             self._drop_moving_keys(before, pod)
         self._by_uid[pod.uid] = pod
         self._by_place.add((pod.namespace, pod.name), pod)
@@ -267,13 +198,17 @@ class Nodes:
         return iter(self._by_uid.values())
 
     def put(self, node: Node) -> None:
-        before = self._by_uid.get(node.uid) or self._by_name.get(node.name)
-        if before is not None:
-            self.delete(before.uid)
+        named = self._by_name.get(node.name)
+        if named is not None and named.uid != node.uid:
+            self.delete(named.uid)
+        is_new = node.uid not in self._by_uid
+        self.delete(node.uid)
         self._by_uid[node.uid] = node
         self._by_name[node.name] = node
         for address in node.addresses:
-            self._by_address[address] = node
+            # An address that was given to a new machine is not won back by a change of the old one.
+            if is_new or address not in self._by_address:
+                self._by_address[address] = node
 
     def delete(self, uid: str) -> None:
         node = self._by_uid.pop(uid, None)
@@ -284,6 +219,9 @@ class Nodes:
         for address in node.addresses:
             if self._by_address.get(address) is node:
                 del self._by_address[address]
+                for other in self._by_uid.values():
+                    if address in other.addresses:
+                        self._by_address[address] = other
 
     def keep_only(self, uids: set[str]) -> int:
         gone = self._by_uid.keys() - uids
@@ -314,7 +252,7 @@ class Metas:
         """``changed`` is called when something that was known is different now."""
         self._now = now
         self._changed = changed
-        self._graves = Graves(monotonic, TOMBSTONE_SECS, TOMBSTONES_MAX)
+        self._graves = Graves(monotonic, TOMBSTONE_SECS if by_name else OWNER_TOMBSTONE_SECS, TOMBSTONES_MAX)
         self._by_uid: dict[str, Meta] = {}
         self._by_name: dict[str, Meta] | None = {} if by_name else None
 
@@ -327,9 +265,9 @@ class Metas:
     def put(self, meta: Meta) -> None:
         self._graves.rise(meta.uid)
         before = self._by_uid.get(meta.uid)
-        if before == meta:
-            return
         named = self._by_name.get(meta.name) if self._by_name is not None else None
+        if before == meta and (named is None or named.uid == meta.uid):
+            return
         if before is not None or named is not None:
             self._changed()
         self._by_uid[meta.uid] = meta

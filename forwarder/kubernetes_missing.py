@@ -86,7 +86,7 @@ class Missing:
             except ApiError as error:
                 if error.status != _NOT_FOUND:
                     log.debug("pod not fetched", namespace=namespace, pod=name, error=str(error))
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 log.warning("pod not understood", namespace=namespace, pod=name, error=str(error))
             except Exception:
                 # A fault of ours must not end the fetching for good.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from sys import intern
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -22,6 +22,8 @@ LABEL_VALUE_LENGTH_MAX = 63
 """Kubernetes' own limit for values of labels."""
 CONTAINERS_MAX = 64
 ADDRESSES_MAX = 32
+
+T = TypeVar("T")
 
 _INSTANCE = re.compile(r"i-[0-9a-f]{8,17}\Z")
 
@@ -236,9 +238,16 @@ _node = msgspec.json.Decoder(_Node)
 _object = msgspec.json.Decoder(_Object)
 
 
+def _decoded(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
+    try:
+        return decoder.decode(data)
+    except UnicodeDecodeError as error:
+        raise msgspec.ValidationError(str(error)) from error
+
+
 def decode_pod(data: bytes, labels: Labels) -> tuple[Pod, str]:
     """A pod from its JSON, and its resource version."""
-    wire = _pod.decode(data)
+    wire = _decoded(_pod, data)
     meta, spec, status = wire.metadata, wire.spec, wire.status
     pod = Pod(
         uid=meta.uid,
@@ -258,7 +267,7 @@ def decode_pod(data: bytes, labels: Labels) -> tuple[Pod, str]:
 
 def decode_node(data: bytes) -> tuple[Node, str]:
     """A node from its JSON, and its resource version."""
-    wire = _node.decode(data)
+    wire = _decoded(_node, data)
     meta = wire.metadata
     labels = meta.labels or {}
     provider = parse_provider(wire.spec.provider_id)
@@ -285,7 +294,7 @@ def decode_node(data: bytes) -> tuple[Node, str]:
 
 def decode_meta(data: bytes, labels: Labels = NO_LABELS) -> tuple[Meta, str]:
     """A namespace, ReplicaSet or Job from its metadata, and its resource version."""
-    meta = _object.decode(data).metadata
+    meta = _decoded(_object, data).metadata
     return Meta(meta.uid, meta.name, labels.trim(meta.labels), _controller(meta)), meta.resource_version
 
 

@@ -19,17 +19,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-import aiohttp
 import msgspec
 import structlog
 from msgspec import Raw
 
 from forwarder.kubernetes_api import Api, ApiError, reason_of, status_of
 from forwarder.kubernetes_objects import Metadata
+from forwarder.kubernetes_stream import ItemSplitter, ListMeta, lines
 
 PAGE_OBJECTS = 500
 PAGES_MAX = 10_000
@@ -40,14 +39,8 @@ BACKOFF_BASE_SECS, BACKOFF_MAX_SECS, HEALTHY_SECS = 0.8, 30.0, 120.0
 WISH_SECS_MAX = 60.0
 """A Retry-After is heeded up to this."""
 SHORT_WATCH_SECS = 1.0
-LINE_BYTES_MAX = 4 << 20
-"""An object in etcd has 1.5 MB at most."""
-REST_BYTES_MAX = 64 << 20
-"""What one answer may keep in memory where its objects cannot be told apart while it arrives."""
 LOG_SECS = 60.0
 
-_NEXT_ITEM = re.compile(rb'\},\{"(?:metadata|kind|apiVersion)":')
-_ITEMS = b'"items":['
 _RELIST = frozenset({"expired", "too_new", "refused", "decode"})
 _FRESHEST = frozenset({"expired", "too_new"})
 
@@ -100,20 +93,8 @@ class _Bare(msgspec.Struct, frozen=True, gc=False):
     metadata: Metadata = Metadata()
 
 
-class _ListMeta(msgspec.Struct, frozen=True, gc=False, rename="camel"):
-    resource_version: str = ""
-    continue_token: str = msgspec.field(name="continue", default="")
-
-
-class _List(msgspec.Struct, frozen=True, gc=False):
-    metadata: _ListMeta = _ListMeta()
-    items: list[Raw] | None = None
-
-
 _event = msgspec.json.Decoder(Event)
 _bare = msgspec.json.Decoder(_Bare)
-_list = msgspec.json.Decoder(_List)
-_raw = msgspec.json.Decoder(Raw)
 
 
 class Backoff:
@@ -235,7 +216,7 @@ class Reflector:
             parameters = {"limit": str(self._page_objects), "continue": meta.continue_token}
         raise ApiError("decode", f"a list of more than {PAGES_MAX} pages")
 
-    async def _page(self, parameters: dict[str, str], uids: set[str]) -> _ListMeta:
+    async def _page(self, parameters: dict[str, str], uids: set[str]) -> ListMeta:
         splitter = ItemSplitter()
         async with self._api.stream(
             self.resource.path,
@@ -255,7 +236,7 @@ class Reflector:
     def _keep(self, item: bytes, uids: set[str]) -> None:
         try:
             uid, _ = self._store.put(item)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeDecodeError) as error:
             self._odd(error)
         else:
             uids.add(uid)
@@ -297,7 +278,7 @@ class Reflector:
                 code, message = (status.code, status.message) if status else (0, "an error without a status")
                 raise ApiError(reason_of(code, status), f"{code}: {message}", status=code)
             version = self._apply(event.type, bytes(event.object))
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise ApiError("decode", f"not an event: {error}") from error
         if version:
             self._version = version
@@ -314,7 +295,7 @@ class Reflector:
             return metadata.resource_version
         try:
             _, version = self._store.put(data)
-        except msgspec.ValidationError as error:
+        except (msgspec.ValidationError, UnicodeDecodeError) as error:
             self._odd(error)
             return _bare.decode(data).metadata.resource_version
         return version
@@ -325,72 +306,3 @@ class Reflector:
     def _odd(self, error: Exception) -> None:
         """One object is not of the shape it should be: the others are."""
         log.warning("object skipped: unknown shape", kind=self.resource.kind, error=str(error)[:200])
-
-
-class ItemSplitter:
-    """Objects of a list while it arrives: bytes in, the JSON of whole objects out.
-
-    An object ends where the next one seems to begin; that it really does is known when it decodes, because no part of a JSON object
-    is one. Where no beginning is recognised, everything is kept to the end, and decoded then.
-    """
-
-    def __init__(self) -> None:
-        self._head = b""
-        self._rest = bytearray()
-        self._looked = 0
-
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Raises ``ApiError`` where too much would have to be kept."""
-        rest = self._rest
-        rest += chunk
-        if not self._head:
-            place = rest.find(_ITEMS)
-            if place < 0:
-                self._check_size()
-                return
-            self._head = bytes(rest[: place + len(_ITEMS)])
-            del rest[: place + len(_ITEMS)]
-        start = 0
-        for end in [match.start() + 1 for match in _NEXT_ITEM.finditer(rest, self._looked)]:
-            item = bytes(rest[start:end])
-            try:
-                _raw.decode(item)
-            except (msgspec.MsgspecError, RecursionError):
-                continue  # it only looks like the beginning of the next one
-            yield item
-            start = end + 1
-        del rest[:start]
-        self._looked = max(0, len(rest) - 2 * len(_ITEMS))
-        self._check_size()
-
-    def finish(self) -> tuple[_ListMeta, list[bytes]]:
-        """The list's own metadata, and the objects that are left. Raises ``ApiError`` for a list that is cut off."""
-        try:
-            whole = _list.decode(self._head + bytes(self._rest))
-        except (msgspec.MsgspecError, RecursionError) as error:
-            raise ApiError("decode", f"not a list: {error}") from error
-        return whole.metadata, [bytes(item) for item in whole.items or ()]
-
-    def _check_size(self) -> None:
-        if len(self._rest) > REST_BYTES_MAX:
-            raise ApiError("decode", f"more than {REST_BYTES_MAX} bytes of a list without an end")
-
-
-async def lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """Lines of a watch while they arrive. Raises ``ApiError`` for one that is too long, or cut off at the end."""
-    rest = bytearray()
-    async for chunk in content.iter_any():
-        looked = len(rest)
-        rest += chunk
-        end = rest.find(b"\n", looked)
-        start = 0
-        while end >= 0:
-            if end > start:
-                yield bytes(rest[start:end])
-            start = end + 1
-            end = rest.find(b"\n", start)
-        del rest[:start]
-        if len(rest) > LINE_BYTES_MAX:
-            raise ApiError("decode", f"an event of more than {LINE_BYTES_MAX} bytes")
-    if rest.strip():
-        raise ApiError("network", "the watch was cut off within an event")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -68,8 +69,9 @@ def test_the_smallest_configuration(file: Path) -> None:
 
 
 def test_the_configuration_of_the_demo(file: Path) -> None:
+    ports = SimpleNamespace(receiver=2801, admin=8080)
     text = CONFIGURATION.format(
-        cluster="demo", spool="/var/spool", receiver=2801, admin=8080, region="eu-west-1", group="/falco/demo"
+        cluster="demo", directory="/var", ports=ports, region="eu-west-1", group="/falco/demo"
     )
     found = loaded(file, text)
     assert enabled_sinks(found) == ["cloudwatch_logs", "security_hub"]

@@ -377,9 +377,8 @@ def _container(pod: Pod, told: _Told) -> Container | None:
     if told.container_id:
         container = container_of(pod, told.container_id)
         if container is not None and not container.id.startswith(told.container_id):
-            return msgspec.structs.replace(
-                container, started=""
-            )  # the instance before: its start is not known
+            # The instance before the restart: its start is not known.
+            return msgspec.structs.replace(container, id=container.previous_id, started="")
         if container is not None:
             return container
     elif len(pod.containers) == 1:
