@@ -136,6 +136,11 @@ def region_of(settings: AwsSettings, environment: Mapping[str, str]) -> str:
     return settings.region or environment.get("AWS_REGION", "") or environment.get("AWS_DEFAULT_REGION", "")
 
 
+def role_of(settings: Any) -> Role | None:
+    """The role of a sink's settings, if it has one."""
+    return Role(settings.role_arn, settings.external_id) if settings.role_arn else None
+
+
 class Client:
     """One service as one role. Its SDK client may have to be made again: without credentials it never looks twice."""
 

@@ -77,10 +77,15 @@ def load(schema: type[S], path: Path | None, environment: Mapping[str, str] | No
     data = _read(path, faults) if path else {}
     if faults:  # what the rest lacks is only the file
         raise ConfigError(faults)
-    _merge_environment(schema, data, os.environ if environment is None else environment, faults)
+    given = _merge_environment(schema, data, os.environ if environment is None else environment, faults)
     settings = _decode_struct(schema, data, "", faults)
     if faults or settings is None:
-        raise ConfigError(faults)
+        raise ConfigError(
+            [
+                Fault(where, f"{what} (from {given[where]})" if where in given else what)
+                for where, what in faults
+            ]
+        )
     return settings
 
 
@@ -154,7 +159,9 @@ def _read(path: Path, faults: list[Fault]) -> dict[str, Any]:
 
 def _merge_environment(
     schema: type[msgspec.Struct], data: dict[str, Any], environment: Mapping[str, str], faults: list[Fault]
-) -> None:
+) -> dict[str, str]:
+    """Put the environment's values over the file's; which key came by which name."""
+    given: dict[str, str] = {}
     known = {leaf.environment: leaf.key for leaf in documented(schema)}
     types = dict(_leaf_types(schema))
     for name in sorted(environment):
@@ -180,6 +187,8 @@ def _merge_environment(
             target = below
         else:
             target[leaf] = value
+            given[key] = name
+    return given
 
 
 def _leaf_types(schema: type[msgspec.Struct], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -208,7 +217,7 @@ def _decode_struct(schema: type[S], data: Any, where: str, faults: list[Fault]) 
             values[name] = _decode_struct(base, data.get(name, {}), f"{where}{name}.", faults)
         elif name in data:
             try:
-                values[name] = msgspec.convert(data[name], field.type, strict=True)
+                values[name] = msgspec.convert(_in_any_case(data[name], base), field.type, strict=True)
             except msgspec.ValidationError as error:
                 faults.append(Fault(f"{where}{name}", _plain(error, data[name], base)))
         elif required:
@@ -218,6 +227,13 @@ def _decode_struct(schema: type[S], data: Any, where: str, faults: list[Fault]) 
     except TypeError:  # a required value is missing, and said so above
         return None
     return _own_faults(settings, where, faults)
+
+
+def _in_any_case(value: Any, base: Any) -> Any:
+    """A choice may be written in any case: Falco writes ``Warning``."""
+    if get_origin(base) is not Literal or not isinstance(value, str):
+        return value
+    return next((choice for choice in get_args(base) if choice.lower() == value.lower()), value)
 
 
 def _own_faults(settings: S, where: str, faults: list[Fault]) -> S:
@@ -233,6 +249,8 @@ def _plain(error: msgspec.ValidationError, value: Any, base: Any) -> str:
     text = str(error).replace("`", "").replace(" - at $", " at ")
     if get_origin(base) is Literal:
         return f"{value!r} is not one of {', '.join(map(str, get_args(base)))}"
+    if bool in get_args(base):
+        return f"{value!r} is not one of {', '.join(_choices(base))}"
     hint = "; put it in quotes" if "got int" in text and "Expected str" in text else ""
     return f"{text[0].lower()}{text[1:]} ({value!r}){hint}"
 
@@ -257,7 +275,18 @@ def _is_struct(base: Any) -> bool:
     return isinstance(base, type) and issubclass(base, msgspec.Struct)
 
 
+def _choices(base: Any) -> list[str]:
+    """Of a switch that may also be left to the program (``bool | Literal["auto"]``), as a person writes them."""
+    parts = get_args(base)
+    literals = [part for part in parts if get_origin(part) is Literal]
+    return [str(choice) for part in literals for choice in get_args(part)] + ["true", "false"] * (
+        bool in parts
+    )
+
+
 def _type_name(base: Any) -> str:
+    if bool in get_args(base):
+        return " \\| ".join(_choices(base))
     if get_origin(base) is Literal:
         return " \\| ".join(map(str, get_args(base)))
     if isinstance(base, type) and not get_args(base):

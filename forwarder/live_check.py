@@ -13,11 +13,10 @@ from typing import Any
 
 from forwarder.alert import encode
 from forwarder.app import Settings, enabled_sinks
-from forwarder.aws import Aws, Client
+from forwarder.aws import Aws, Client, role_of
 from forwarder.contract import Blocked, DeliveryError, Permanent, Permission
 from forwarder.live_check_step import Step
 from forwarder.live_check_surroundings import surroundings
-from forwarder.sinks.cloudwatch_logs import role_of
 from forwarder.timestamp import iso_milliseconds
 
 TEST_STREAM = "falco-forwarder-check"

@@ -462,3 +462,58 @@ def test_whatever_is_written_there_settings_or_faults_come_out(
         faults = error.faults
     assert bool(faults) != bool(sinks)
     assert all(fault.what for fault in faults)
+
+
+# ---- what a person writes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["Warning", "WARNING", "warning"])
+def test_choices_may_be_written_in_any_case(file: Path, word: str) -> None:
+    found = loaded(
+        file,
+        "aws: {region: eu-west-1}\nlog: {level: INFO}\n"
+        f"sinks: {{security_hub: {{enabled: true, minimum_priority: {word}}}}}",
+    )
+    assert (found.sinks.security_hub.minimum_priority, found.log.level) == ("warning", "info")
+
+
+def test_a_fault_of_a_variable_names_the_variable() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(
+            None,
+            {
+                "FORWARDER__RECEIVER__PORT": "99999",
+                "FORWARDER__SINKS__SECURITY_HUB__ENABLED": "true",
+                "AWS_REGION": "eu-west-1",
+            },
+        )
+    (fault,) = (fault for fault in caught.value.faults if fault.where == "receiver.port")
+    assert fault.what.endswith("(from FORWARDER__RECEIVER__PORT)")
+
+
+def test_a_placeholder_nobody_fills_in_is_a_fault(file: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loaded(
+            file,
+            "aws: {region: eu-west-1}\n"
+            "sinks: {cloudwatch_logs: {enabled: true, log_group: /falco/x, log_stream: '{host}/{date}'}}",
+        )
+    assert [str(fault) for fault in caught.value.faults] == [
+        "sinks.cloudwatch_logs.log_stream: {host} is not one of {replica}, {cluster}, {hostname}, {date}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("auto", "auto"), ("Auto", None), ("true", True), ("maybe", None)]
+)
+def test_a_switch_may_be_left_to_the_program(file: Path, value: str, expected: Any) -> None:
+    text = (
+        "aws: {region: eu-west-1}\nsinks: {security_hub: {enabled: true}}\n"
+        f"enrichment: {{kubernetes: {{enabled: {value}}}}}"
+    )
+    if expected is not None:
+        assert loaded(file, text).enrichment.kubernetes.enabled == expected
+        return
+    with pytest.raises(ConfigError) as caught:
+        loaded(file, text)
+    assert str(caught.value) == f"enrichment.kubernetes.enabled: '{value}' is not one of auto, true, false"

@@ -55,7 +55,7 @@ class Ec2Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     enabled: Annotated[
         bool | Literal["auto"],
-        setting("Ask IMDSv2 for this machine's identity; auto: and take it for normal that there is none."),
+        setting("Ask IMDSv2 for this machine's identity; `auto`: and take it for normal that there is none."),
     ] = "auto"
     same_node: Annotated[
         bool | Literal["auto"],

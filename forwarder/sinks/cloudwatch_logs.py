@@ -13,6 +13,7 @@ an event loses its longest values first, named in ``forwarder.truncated``, with 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Annotated, Any, Literal
@@ -23,7 +24,7 @@ import structlog
 from forwarder import __version__
 from forwarder.alert import encode as json_encode
 from forwarder.alert import rank
-from forwarder.aws import Aws, Role
+from forwarder.aws import Aws, role_of
 from forwarder.batch import Item, Limits
 from forwarder.config import PriorityName, setting
 from forwarder.contract import Again, Blocked, DeliveryError, Permanent, Permission, Reject, Transient
@@ -69,6 +70,8 @@ RETENTION_DAYS = frozenset(
         3653,
     }
 )
+
+_PLACE = re.compile(r"\{([^{}]*)\}")
 
 log = structlog.get_logger("cloudwatch_logs")
 
@@ -116,14 +119,11 @@ class CloudWatchLogsSettings(msgspec.Struct, frozen=True, kw_only=True):
             yield "log_group", "is required where the sink is enabled"
         if self.log_group.lower().startswith("aws/"):
             yield "log_group", "must not begin with aws/"
+        for name in set(_PLACE.findall(self.log_stream)) - {"replica", "cluster", "hostname", "date"}:
+            yield "log_stream", f"{{{name}}} is not one of {{replica}}, {{cluster}}, {{hostname}}, {{date}}"
         if self.retention_days not in RETENTION_DAYS:
             allowed = ", ".join(str(days) for days in sorted(RETENTION_DAYS))
             yield "retention_days", f"{self.retention_days} is not one of {allowed}"
-
-
-def role_of(settings: Any) -> Role | None:
-    """The role of a sink's settings, if it has one."""
-    return Role(settings.role_arn, settings.external_id) if settings.role_arn else None
 
 
 class CloudWatchLogs:

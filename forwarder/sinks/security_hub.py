@@ -19,7 +19,7 @@ from forwarder import asff
 from forwarder.alert import rank
 from forwarder.asff import SEVERITIES, SeverityPreset
 from forwarder.asff_context import Advice, Context, UnmappableError
-from forwarder.aws import Aws, Role
+from forwarder.aws import Aws, role_of
 from forwarder.batch import Item, Limits
 from forwarder.config import PriorityName, setting
 from forwarder.contract import Again, Reject, Transient
@@ -111,7 +111,7 @@ class SecurityHub:
         self._log_group = log_group
         self._log_stream = log_stream
         self._context: Context | None = None
-        self.role = Role(settings.role_arn, settings.external_id) if settings.role_arn else None
+        self.role = role_of(settings)
         self.linger_secs = settings.linger_secs
         self.minimum_rank = rank(settings.minimum_priority) or 0
         self.pace = Pace(

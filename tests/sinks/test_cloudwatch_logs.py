@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from forwarder import __version__
-from forwarder.aws import Aws, AwsSettings
+from forwarder.aws import Aws, AwsSettings, role_of
 from forwarder.batch import Item, pack
 from forwarder.contract import Again, Blocked, DeliveryError, Permanent, Permission, Reject, Transient
 from forwarder.record import TEXT, UNPARSED, Record
@@ -22,7 +22,6 @@ from forwarder.sinks.cloudwatch_logs import (
     EVENT_OVERHEAD_BYTES,
     CloudWatchLogs,
     CloudWatchLogsSettings,
-    role_of,
 )
 from forwarder.timestamp import iso_milliseconds
 from tests.fakes.aws import FakeAws
