@@ -20,7 +20,8 @@ After a crash: WAL brings back exactly the committed transactions. With ``synchr
 synced; with ``NORMAL`` a killed process loses nothing, a lost node may lose the last seconds.
 
 A database that fails ``quick_check`` is renamed aside, never deleted; what can still be read of it moves into
-the new one.
+the new one, in one transaction. A start that is killed meanwhile is gone on with by the next one: until its
+blocks are in the new database, the old one is called ``spool.db.salvage-...``.
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ CREATE INDEX dead_by_sink ON dead (sink, number);
 CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 INSERT INTO meta VALUES ('end', 0);
 """
+
+ENDINGS = ("", "-wal", "-shm", "-journal")
+SALVAGE, BROKEN_NAME = ".salvage-", ".broken-"
+"""A database set aside is called the first until what it still gives is in the new one, then the second."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Record])
@@ -145,6 +150,7 @@ def open_database(directory: Path, *, full_sync: bool, bytes_max: int, suffix: s
     """
     path = directory / DATABASE_NAME
     quarantined = None
+    aside = _unfinished(path)
     try:
         try:
             connection = _connect(path, full_sync=full_sync, bytes_max=bytes_max)
@@ -152,11 +158,13 @@ def open_database(directory: Path, *, full_sync: bool, bytes_max: int, suffix: s
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError) and not _is_corruption(error):
                 raise
-            quarantined = _set_aside(path, suffix)
-            log.error("spool database is broken, set aside", path=str(quarantined), error=str(error))
+            aside.append(_set_aside(path, suffix))
+            log.error("spool database is broken, set aside", path=str(aside[-1]), error=str(error))
             connection = _connect(path, full_sync=full_sync, bytes_max=bytes_max)
             _check(connection)
-            _salvage(quarantined, connection)
+        for broken in aside:
+            _salvage(broken, connection)
+            quarantined = _rename(broken, broken.with_name(broken.name.replace(SALVAGE, BROKEN_NAME)))
     except sqlite3.Error as error:
         raise SpoolUnusableError(f"spool database {path} cannot be opened: {error}") from error
     return Opened(connection, quarantined)
@@ -219,9 +227,27 @@ def _check(connection: sqlite3.Connection) -> None:
         raise
 
 
+def _unfinished(path: Path) -> list[Path]:
+    """Databases set aside by a start that was killed before all of them was read: still under their first name.
+
+    The new database is made when all files are moved: where it is missing, some may be left behind.
+    """
+    found = sorted(
+        item for item in path.parent.glob(f"{path.name}{SALVAGE}*") if not item.name.endswith(ENDINGS[1:])
+    )
+    if found and not path.exists():
+        _rename(path, found[-1])
+    return found
+
+
 def _set_aside(path: Path, suffix: str) -> Path:
-    aside = path.with_name(f"{path.name}.broken-{suffix}")
-    for ending in ("", "-wal", "-shm", "-journal"):
+    """Moved away, to be salvaged; it gets its final name when that is done."""
+    return _rename(path, path.with_name(f"{path.name}{SALVAGE}{suffix}"))
+
+
+def _rename(path: Path, aside: Path) -> Path:
+    """A database with what belongs to it, durably."""
+    for ending in ENDINGS:
         with contextlib.suppress(FileNotFoundError):
             Path(f"{path}{ending}").rename(f"{aside}{ending}")
     directory = os.open(path.parent, os.O_RDONLY)
@@ -273,7 +299,8 @@ def _verified(row: tuple[Any, ...], connection: sqlite3.Connection) -> tuple[Any
             decode_block(codec, crc, payload)
     except BrokenBlockError as error:
         connection.execute(
-            "INSERT INTO dead (sink, id, reason, detail, at, body) VALUES ('spool',?,'broken_block',?,?,?)",
+            "INSERT INTO dead (sink, id, reason, detail, at, body) SELECT 'spool',?1,'broken_block',?2,?3,?4"
+            " WHERE NOT EXISTS (SELECT 1 FROM dead WHERE sink = 'spool' AND id = ?1)",
             (f"block-{first}", f"{n} alerts: {error}", created, payload),
         )
         return (first, n, created, BROKEN, crc, cost, unparsed, b"")
