@@ -295,7 +295,11 @@ class Application:
                 "dead_letters": self.spool.dead,
             },
             "sinks": {worker.name: worker.status()._asdict() for worker in self.workers},
-            "cluster": {"name": self.identity.name or None, "source": self.identity.source or None},
+            "cluster": {
+                "name": self.identity.name or None,
+                "source": self.identity.source or None,
+                "asked": self.identity.steps,
+            },
             "enrichment": {enricher.name: enricher.status() for enricher in self.enrichers},
         }
 
@@ -358,6 +362,7 @@ class Application:
                 return Surroundings(
                     nodes_say=enricher.cluster,
                     an_instance=enricher.an_instance,
+                    region=enricher.region,
                     api=lambda found=enricher: found.api,  # type: ignore[misc]
                 )
         return Surroundings()

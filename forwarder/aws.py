@@ -214,13 +214,13 @@ class Aws:
         finally:
             _body.reset(token)
 
-    async def sign(self, service: str, request: AWSRequest) -> None:
+    async def sign(self, service: str, region: str, request: AWSRequest) -> None:
         """Add the signature of our own credentials; raises ``DeliveryError``. For calls the SDK has no client for here."""
         try:
             if self._credentials is None:
                 raise sdk.NoCredentialsError
             frozen = await self._credentials.get_frozen_credentials()
-            SigV4Auth(frozen, service, self.region).add_auth(request)
+            SigV4Auth(frozen, service, region).add_auth(request)
         except Exception as error:
             raise translate(error) from error
 

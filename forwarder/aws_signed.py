@@ -34,24 +34,38 @@ def endpoint(service: str, region: str, partition: str, environment: Mapping[str
     return given.rstrip("/") or f"https://{service}.{region}.{_SUFFIXES.get(partition, 'amazonaws.com')}"
 
 
-async def signed(aws: Aws, service: str, path: str, form: Mapping[str, str] | None = None) -> bytes:
-    """The body of a good answer to GET, or to POST of ``form``. Raises ``SignedError``."""
+async def signed(
+    aws: Aws, service: str, path: str, form: Mapping[str, str] | None = None, *, region: str = ""
+) -> bytes:
+    """The body of a good answer to GET, or to POST of ``form``; in our own region unless told. Raises ``SignedError``."""
+    region = region or aws.region
     method, data = ("POST", urlencode(form).encode()) if form else ("GET", b"")
     request = AWSRequest(
         method=method,
-        url=endpoint(service, aws.region, aws.partition(), os.environ) + path,
+        url=endpoint(service, region, aws.partition(), os.environ) + path,
         data=data,
         headers={"Content-Type": "application/x-www-form-urlencoded; charset=utf-8"} if form else {},
     )
     try:
-        await aws.sign(service, request)
+        await aws.sign(service, region, request)
         async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=REQUEST_SECS_MAX)) as client,
+            aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=REQUEST_SECS_MAX), trust_env=True
+            ) as client,
             client.request(
-                method, str(request.url), data=data or None, headers=dict(request.headers.items())
+                method,
+                str(request.url),
+                data=data or None,
+                headers=dict(request.headers.items()),
+                allow_redirects=False,
             ) as answer,
         ):
-            text = await answer.content.read(ANSWER_BYTES_MAX)
+            body = bytearray()
+            async for chunk in answer.content.iter_any():
+                body += chunk
+                if len(body) > ANSWER_BYTES_MAX:
+                    raise SignedError(f"answer of more than {ANSWER_BYTES_MAX} bytes")
+            text = bytes(body)
             if answer.status >= _ERRORS:
                 raise SignedError(f"{answer.status}: {text[:300].decode('utf-8', 'replace')}")
             return text

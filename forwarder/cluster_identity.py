@@ -4,7 +4,7 @@ There is no official way to learn the name from inside a pod. In this order (eac
 permitted; a failed search is repeated every ``AGAIN_SECS``):
 
 1. ``cluster.name``.
-2. The nodes: hybrid providerIDs and eksctl's label name it, if all agree.
+2. The nodes: hybrid providerIDs that agree, or eksctl's label on most of them.
 3. The ConfigMap ``amazon-cloudwatch/cluster-info`` of the CloudWatch agent, if it is there and readable.
 4. The tags of a node's EC2 instance (``ec2:DescribeTags``).
 5. The EKS cluster whose OIDC issuer signed our service account's token (``eks:ListClusters``, ``eks:DescribeCluster``).
@@ -19,6 +19,7 @@ import asyncio
 import base64
 import re
 from collections.abc import Awaitable, Callable
+from html import unescape
 from typing import Any
 from urllib.parse import quote
 
@@ -27,6 +28,7 @@ import structlog
 
 from forwarder.aws import Aws
 from forwarder.aws_signed import SignedError, signed
+from forwarder.kubernetes_access import AccessError
 from forwarder.kubernetes_api import Api, ApiError
 
 FIRST_WAIT_SECS = 2.0
@@ -37,9 +39,15 @@ CLUSTERS_MAX = 100
 CLUSTER_INFO = "/api/v1/namespaces/amazon-cloudwatch/configmaps/cluster-info"
 
 _NAME = re.compile(r"[0-9A-Za-z][A-Za-z0-9_-]{0,99}\Z")
-_TAG = re.compile(rb"<item>.*?<key>([^<]+)</key>.*?<value>([^<]*)</value>.*?</item>", re.DOTALL)
-_NAMING_TAGS = (b"eks:cluster-name", b"aws:eks:cluster-name", b"eks:eks-cluster-name")
-_OWNED = b"kubernetes.io/cluster/"
+_ITEM = re.compile(r"<item>(.*?)</item>", re.DOTALL)
+_KEY, _VALUE = re.compile(r"<key>([^<]*)</key>"), re.compile(r"<value>([^<]*)</value>")
+_NAMING_TAGS = ("aws:eks:cluster-name", "eks:cluster-name", "eks:eks-cluster-name")
+"""Those nobody but AWS can set first."""
+_OWNED = "kubernetes.io/cluster/"
+PAGES_MAX = 10
+
+_ODD = (msgspec.MsgspecError, KeyError, TypeError, ValueError, AttributeError, RecursionError)
+"""What an answer of another shape than expected ends in."""
 
 log = structlog.get_logger("cluster")
 
@@ -53,10 +61,13 @@ class Surroundings:
         nodes_say: Callable[[], str] = str,
         an_instance: Callable[[], str] = str,
         api: Callable[[], Api | None] = lambda: None,
+        region: Callable[[], str] = str,
     ) -> None:
+        """``region`` is the nodes', which may not be the sinks'."""
         self.nodes_say = nodes_say
         self.an_instance = an_instance
         self.api = api
+        self.region = region
 
 
 class ClusterIdentity:
@@ -65,6 +76,8 @@ class ClusterIdentity:
     def __init__(self, configured: str, aws: Aws, surroundings: Surroundings) -> None:
         self.source = "configured" if configured else ""
         """Which step found it."""
+        self.steps: dict[str, str] = {}
+        """What each step said when it was asked last."""
         self._configured = configured
         self._aws = aws
         self._around = surroundings
@@ -100,9 +113,10 @@ class ClusterIdentity:
         for source, step in steps:
             try:
                 name = await step()
-            except (ApiError, SignedError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
-                log.debug("cluster not named", step=source, error=str(error)[:200])
+            except (ApiError, AccessError, SignedError, *_ODD) as error:
+                self.steps[source] = str(error)[:200] or type(error).__name__
                 continue
+            self.steps[source] = name or "does not know"
             if _NAME.match(name):
                 self.source = source
                 return name
@@ -145,13 +159,12 @@ class ClusterIdentity:
             "Filter.1.Name": "resource-id",
             "Filter.1.Value.1": instance,
         }
-        answer = await signed(self._aws, "ec2", "/", form)
-        tags = dict(_TAG.findall(answer))
+        tags = _tags_in(await signed(self._aws, "ec2", "/", form, region=self._around.region()))
         for key in _NAMING_TAGS:
             if key in tags:
-                return str(tags[key].decode())
+                return tags[key]
         owned = {key.removeprefix(_OWNED) for key in tags if key.startswith(_OWNED)}
-        return owned.pop().decode() if len(owned) == 1 else ""
+        return owned.pop() if len(owned) == 1 else ""
 
     async def _issuer(self) -> str:
         api = self._around.api()
@@ -160,16 +173,41 @@ class ClusterIdentity:
         issuer = _issuer_of((await api.access.credentials()).token)
         if not issuer.startswith("https://oidc.eks."):
             return ""
-        listed: Any = msgspec.json.decode(
-            await signed(self._aws, "eks", f"/clusters?maxResults={CLUSTERS_MAX}")
-        )
-        for name in listed["clusters"]:
-            described: Any = msgspec.json.decode(
-                await signed(self._aws, "eks", f"/clusters/{quote(name, safe='')}")
+        token = ""
+        for _ in range(PAGES_MAX):
+            path = f"/clusters?maxResults={CLUSTERS_MAX}" + (
+                f"&nextToken={quote(token, safe='')}" if token else ""
             )
-            if described["cluster"]["identity"]["oidc"]["issuer"] == issuer:
-                return str(name)
+            listed: Any = msgspec.json.decode(await self._eks(path))
+            for name in listed["clusters"]:
+                if await self._signed_by(name, issuer):
+                    return str(name)
+            token = listed.get("nextToken") or ""
+            if not token:
+                break
         return ""
+
+    async def _signed_by(self, name: str, issuer: str) -> bool:
+        """Whether this cluster's issuer is ours; one we may not look at is not."""
+        try:
+            described: Any = msgspec.json.decode(await self._eks(f"/clusters/{quote(name, safe='')}"))
+            return bool(described["cluster"]["identity"]["oidc"]["issuer"] == issuer)
+        except (SignedError, *_ODD) as error:
+            log.debug("cluster not looked at", name=name, error=str(error)[:200])
+            return False
+
+    async def _eks(self, path: str) -> bytes:
+        return await signed(self._aws, "eks", path, region=self._around.region())
+
+
+def _tags_in(answer: bytes) -> dict[str, str]:
+    """Tags of EC2's DescribeTags; a tag may have no value."""
+    tags = {}
+    for item in _ITEM.findall(answer.decode()):
+        key, value = _KEY.search(item), _VALUE.search(item)
+        if key:
+            tags[unescape(key[1])] = unescape(value[1]) if value else ""
+    return tags
 
 
 def _issuer_of(token: str) -> str:

@@ -24,6 +24,8 @@ CONTAINERS_MAX = 10_000
 VANISHED_SECS = 600.0
 """Alerts arrive after their container is gone."""
 TEXT_CHARS_MAX = 2048
+ALIKE_MAX = 32
+"""So many containers of one beginning and nothing is said of all of them: a Fargate task has ten at most."""
 SHORT_ID_CHARS = 12
 MEMBERS = (
     *("cluster_arn", "task_arn", "family", "revision", "service", "launch_type"),
@@ -255,6 +257,9 @@ class Containers:
 
     def _answer_short(self, short: str) -> None:
         """What is true of every container whose id begins like this."""
+        if len(self._alike[short]) > ALIKE_MAX:
+            self.answers.pop(short, None)
+            return
         first, *others = (self._facts[identity] for identity in self._alike[short])
         common = {key: text for key, text in first.items() if all(other.get(key) == text for other in others)}
         if any("-" in identity for identity in self._alike[short]):

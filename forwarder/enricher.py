@@ -12,7 +12,6 @@ An enricher that fails does not fail the alert: the fault is counted and logged,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -54,7 +53,8 @@ _fields = msgspec.json.Decoder(Fields | None)
 _NOTHING = Fields()
 _PREFIXES = {key: f'"{key}":'.encode() for key in ("cluster", "kubernetes", "node", "ecs")}
 """The root keys that are an enricher's to use (``alert.RESERVED_KEYS``)."""
-_cluster = re.compile(rb'"cluster":"[^"]*"')
+_FOUND = b'"resolved_by":'
+_members = msgspec.json.Decoder(dict[str, Raw])
 _NAMES = {field.encode_name: field.name for field in msgspec.structs.fields(Fields)}
 
 
@@ -134,7 +134,7 @@ class Enrichment:
     ) -> None:
         """``cluster`` gives the discovered cluster's name, ``now`` is monotonic.
 
-        ``failed`` counts faults of enrichers, ``completed`` records that were found at the second look.
+        ``failed`` counts faults of enrichers, ``completed`` second looks that found more.
         """
         self._enrichers = tuple(enrichers)
         self._cluster = cluster
@@ -151,32 +151,52 @@ class Enrichment:
             name = self._cluster()
             if name:
                 members["cluster"] = json_encode(name)
-        try:
-            subject = subject_of(alert, time_ns, peer, again=again)
-            for enricher in self._enrichers:
+        subject = subject_of(alert, time_ns, peer, again=again)
+        for enricher in self._enrichers:
+            try:
                 complete &= enricher.enrich(subject, members)
-        except Exception:
-            self._failed()
-            if self._now() - self._said_at >= FAULT_LINE_SECS:
-                self._said_at = self._now()
-                log.exception("enrichment failed, the alert goes without")
+            except Exception as error:  # noqa: BLE001 - an enricher's fault is not the alert's
+                self._fail(enricher.name, error)
         return joined(members), complete
 
     def again(self, record: Record) -> Record:
-        """The record with what is known now, where something was missing when it was stored."""
+        """The record with what is known now, where something was missing when it was stored.
+
+        What was known then stays, unless more is known now: the pod may be gone, the cache empty after a restart. So does the cluster's
+        name, which is part of the finding's Id.
+        """
         if not record.unresolved or record.kind != ALERT:
             return record
         try:
             (alert,) = decode(record.body).alerts
+            before = _members.decode(b"{%b}" % record.enrichment)
         except (Unparsable, ValueError):
             return record
-        enrichment, complete = self.of(alert, record.time_ns, record.peer, again=True)
-        if complete:
-            self._completed()
-        # The cluster's name stays what it was at ingest: it is part of the finding's Id.
-        named = _cluster.match(record.enrichment)
-        enrichment = b",".join(filter(None, (named[0] if named else b"", enrichment)))
-        return msgspec.structs.replace(record, enrichment=enrichment) if enrichment else record
+        enrichment, _ = self.of(alert, record.time_ns, record.peer, again=True)
+        found = {key: bytes(value) for key, value in before.items()}
+        more = {
+            key: bytes(value)
+            for key, value in _members.decode(b"{%b}" % enrichment).items()
+            if _says_more(bytes(value), found.get(key, b""))
+        }
+        if not more:
+            return record
+        self._completed()
+        return msgspec.structs.replace(record, enrichment=joined(found | more))
+
+    def _fail(self, name: str, error: Exception) -> None:
+        self._failed()
+        if self._now() - self._said_at >= FAULT_LINE_SECS:
+            self._said_at = self._now()
+            log.error("enrichment failed, the alert goes without", enricher=name, exc_info=error)
+
+
+def _says_more(now: bytes, before: bytes) -> bool:
+    """A pod that was found outweighs one that was not; otherwise whoever says more."""
+    found, was_found = _FOUND in now, _FOUND in before
+    return (
+        found and (not was_found or len(now) > len(before)) if found or was_found else len(now) > len(before)
+    )
 
 
 def joined(members: Mapping[str, bytes]) -> bytes:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import yaml
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+READ_SECS_MAX = 10.0
 REREAD_SECS = 50.0
 """A minute less ten seconds of leeway, as the Go client does."""
 FILE_BYTES_MAX = 1 << 20
@@ -70,7 +71,11 @@ class Access:
         """What to send now; raises ``AccessError`` where a file is missing."""
         async with self._reading:
             if self._monotonic() - self._read_at >= REREAD_SECS:
-                await asyncio.to_thread(self._read)
+                try:
+                    async with asyncio.timeout(READ_SECS_MAX):
+                        await asyncio.to_thread(self._read)
+                except TimeoutError:
+                    raise AccessError("credentials cannot be read: their volume does not answer") from None
                 self._read_at = self._monotonic()
         return Credentials(self._token, self._tls)
 

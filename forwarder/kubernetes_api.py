@@ -117,7 +117,7 @@ class Api:
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECS_MAX, sock_read=read_secs),
             ) as response:
                 if response.status >= _ERRORS:
-                    raise await self._refused(response)
+                    raise await self._refused(response, credentials.token)
                 yield response.content
         except ApiError:
             raise
@@ -132,14 +132,11 @@ class Api:
     async def ask(self, path: str, body: bytes | None = None) -> bytes:
         """A whole small answer. Raises ``ApiError``."""
         data = bytearray()
-        try:
-            async with asyncio.timeout(ANSWER_SECS_MAX), self.stream(path, {}, body=body) as content:
-                async for chunk in content.iter_any():
-                    data += chunk
-                    if len(data) > ANSWER_BYTES_MAX:
-                        raise ApiError("decode", f"answer to {path} is larger than {ANSWER_BYTES_MAX} bytes")
-        except TimeoutError as error:
-            raise ApiError("timeout", f"no answer from {self.server} in time") from error
+        async with limited(ANSWER_SECS_MAX), self.stream(path, {}, body=body) as content:
+            async for chunk in content.iter_any():
+                data += chunk
+                if len(data) > ANSWER_BYTES_MAX:
+                    raise ApiError("decode", f"answer to {path} is larger than {ANSWER_BYTES_MAX} bytes")
         return bytes(data)
 
     async def may(self, verb: str, group: str, resource: str) -> bool:
@@ -156,16 +153,22 @@ class Api:
         except (msgspec.MsgspecError, KeyError, TypeError) as error:
             raise ApiError("decode", f"not a review: {error}") from error
 
-    async def _refused(self, response: aiohttp.ClientResponse) -> ApiError:
+    async def _refused(self, response: aiohttp.ClientResponse, token: str) -> ApiError:
         if response.status == _UNAUTHORIZED:
             self.access.refused()
-        data = await response.content.read(ERROR_BYTES_MAX)
-        status = status_of(data)
+        data = bytearray()
+        async for chunk in response.content.iter_any():
+            data += chunk
+            if len(data) > ERROR_BYTES_MAX:
+                break
+        status = status_of(bytes(data))
         try:
             delay = float(response.headers.get("Retry-After", 0))
         except ValueError:
             delay = 0.0
         message = (status.message if status else "") or data[:200].decode("utf-8", "replace")
+        if token:
+            message = message.replace(token, "***")  # a proxy may repeat what it was asked
         return ApiError(
             reason_of(response.status, status),
             f"{response.status}: {' '.join(message.split())[:500]}",
@@ -181,6 +184,16 @@ class Api:
                 trust_env=False,
             )
         return self._session
+
+
+@contextlib.asynccontextmanager
+async def limited(secs: float) -> AsyncIterator[None]:
+    """All of it within ``secs``, however slowly it comes; raises ``ApiError``."""
+    try:
+        async with asyncio.timeout(secs):
+            yield
+    except TimeoutError as error:
+        raise ApiError("timeout", f"not over within {secs:.0f} s") from error
 
 
 def status_of(data: bytes) -> Status | None:

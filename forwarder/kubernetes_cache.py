@@ -198,6 +198,8 @@ class Nodes:
         return iter(self._by_uid.values())
 
     def put(self, node: Node) -> None:
+        if self._by_uid.get(node.uid) == node:
+            return  # a heartbeat
         named = self._by_name.get(node.name)
         if named is not None and named.uid != node.uid:
             self.delete(named.uid)
@@ -249,7 +251,7 @@ class Metas:
         by_name: bool,
         changed: Callable[[], object] = lambda: None,
     ) -> None:
-        """``changed`` is called when something that was known is different now."""
+        """``changed`` is called when something is new, or different now."""
         self._now = now
         self._changed = changed
         self._graves = Graves(monotonic, TOMBSTONE_SECS if by_name else OWNER_TOMBSTONE_SECS, TOMBSTONES_MAX)
@@ -268,8 +270,7 @@ class Metas:
         named = self._by_name.get(meta.name) if self._by_name is not None else None
         if before == meta and (named is None or named.uid == meta.uid):
             return
-        if before is not None or named is not None:
-            self._changed()
+        self._changed()
         self._by_uid[meta.uid] = meta
         if self._by_name is not None:
             if named is not None and named.uid != meta.uid:
@@ -314,10 +315,11 @@ def container_named(pod: Pod, name: str) -> Container | None:
     return next((container for container in pod.containers if container.name == name), None)
 
 
-def top_owner(owner: Owner, owners: dict[str, Metas]) -> tuple[Owner, bool]:
+def top_owner(owner: Owner, namespace: str, owners: dict[str, Metas]) -> tuple[Owner, bool]:
     """Who is at the top of a chain of controllers, and whether the way there is known to its end.
 
-    ``owners`` has the kinds that are watched: a Deployment is found through its ReplicaSet, a CronJob through its Job.
+    ``owners`` has the kinds that are watched: a Deployment is found through its ReplicaSet, a CronJob through its Job. An owner is only
+    believed where name and namespace fit too: whoever makes a pod writes any UID into it.
     """
     for _ in range(OWNER_STEPS_MAX):
         watched = owners.get(owner.kind)
@@ -326,7 +328,7 @@ def top_owner(owner: Owner, owners: dict[str, Metas]) -> tuple[Owner, bool]:
         meta = watched.by_uid(owner.uid)
         if meta is None:
             return owner, False
-        if meta.owner is None:
+        if meta.owner is None or (meta.name, meta.namespace) != (owner.name, namespace):
             return owner, True
         owner = meta.owner
     return owner, True

@@ -5,6 +5,8 @@ Nothing is invented: what is unknown is absent. The shapes are public (docs/enri
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 
 from forwarder.alert import encode as json_encode
@@ -101,13 +103,20 @@ def workload_of(pod: Pod, owners: dict[str, Metas]) -> tuple[Owner, bool]:
     """The top owner, or the bare pod itself; and whether that is known for sure."""
     if pod.owner is None:
         return Owner("Pod", pod.name, pod.uid), True
-    return top_owner(pod.owner, owners)
+    return top_owner(pod.owner, pod.namespace, owners)
 
 
 def cluster_of(nodes: Nodes) -> str:
-    """The cluster's name, where nodes agree on one (hybrid providerID, eksctl's label)."""
-    names = {node.cluster for node in nodes.live() if node.cluster}
-    return names.pop() if len(names) == 1 else ""
+    """The cluster's name: that of hybrid nodes' providerIDs, if they agree, else the label most of the nodes carry.
+
+    One node alone may not name the cluster: a kubelet sets labels on itself.
+    """
+    told = {node.cluster for node in nodes.live() if node.cluster}
+    if told:
+        return told.pop() if len(told) == 1 else ""
+    labels = Counter(node.cluster_label for node in nodes.live() if node.cluster_label)
+    name, count = next(iter(labels.most_common(1)), ("", 0))
+    return name if 2 * count > len(nodes) else ""
 
 
 def _mapping(flat: tuple[str, ...]) -> dict[str, str] | None:

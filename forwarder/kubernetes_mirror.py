@@ -51,6 +51,7 @@ class _Cache(Protocol[Item_contra]):
     def put(self, item: Item_contra, /) -> None: ...
     def delete(self, uid: str) -> None: ...
     def keep_only(self, uids: set[str]) -> int: ...
+    def __len__(self) -> int: ...
 
 
 class _Store(Generic[T]):
@@ -59,8 +60,12 @@ class _Store(Generic[T]):
     def __init__(self, cache: _Cache[T], decode: Callable[[bytes], tuple[T, str]]) -> None:
         self._put = cache.put
         self._decode = decode
+        self._cache = cache
         self.delete = cache.delete
         self.keep_only = cache.keep_only
+
+    def __len__(self) -> int:
+        return len(self._cache)
 
     def put(self, data: bytes) -> tuple[str, str]:
         item, version = self._decode(data)
@@ -80,7 +85,7 @@ class Mirror:
         monotonic: Callable[[], float],
         changed: Callable[[], object],
     ) -> None:
-        """``changed`` is called when owners or labels that may have been used are different now."""
+        """``changed`` is called when owners or labels are new, or different now."""
         self._pod_labels = pod_labels
         self._namespace_labels = namespace_labels
         self._monotonic = monotonic
@@ -137,6 +142,15 @@ class Mirror:
             return True
         return self._monotonic() - reflector.heard_at > STALE_SECS
 
+    def forbidden(self, kind: str) -> bool:
+        """Whether the API server refuses us this kind: there is nothing to wait for."""
+        reflector = self.reflectors.get(kind)
+        return reflector is not None and reflector.reason == "permission"
+
+    def behind(self) -> bool:
+        """Whether anything an answer is made of may be stale; what is forbidden is missing, not stale."""
+        return any(self.stale(kind) and not self.forbidden(kind) for kind in RESOURCES)
+
     def expire(self) -> None:
         self.pods.expire()
         for metas in (self.namespaces, self.replicasets, self.jobs):
@@ -163,6 +177,7 @@ class Mirror:
             kind: {
                 "synced": reflector.synced.is_set(),
                 "stale": self.stale(kind),
+                "objects": len(reflector.store),
                 "trouble": reflector.trouble or None,
             }
             for kind, reflector in self.reflectors.items()

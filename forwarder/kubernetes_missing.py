@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import structlog
@@ -41,8 +42,11 @@ class Missing:
         self._since: dict[tuple[str, str], float] = {}
         self._queue: asyncio.Queue[tuple[str, str]] = asyncio.Queue(WAITING_MAX)
         self.fetched = self.dropped = 0
+        """Pods fetched; names that were not asked for because too many waited."""
+        self.trouble = ""
+        """Why the last fetch failed, other than that there is no such pod."""
 
-    def miss(self, namespace: str, name: str) -> bool:
+    def remember(self, namespace: str, name: str) -> bool:
         """Nobody knows it. True while the watch may still bring it.
 
         ``namespace`` may be empty and ``name`` any identity: then it is remembered, and not fetched.
@@ -66,6 +70,16 @@ class Missing:
     def __len__(self) -> int:
         return len(self._since)
 
+    def state(self) -> dict[str, Any]:
+        """For ``/status``."""
+        return {
+            "remembered": len(self._since),
+            "waiting": self._queue.qsize(),
+            "fetched": self.fetched,
+            "dropped": self.dropped,
+            "trouble": self.trouble or None,
+        }
+
     def expire(self) -> None:
         """Forget what is old enough to be asked again (call it now and then)."""
         oldest = self._monotonic() - MISSING_SECS
@@ -83,8 +97,10 @@ class Missing:
                 data = await self._api.ask(f"/api/v1/namespaces/{namespace}/pods/{name}")
                 self._found(data)
                 self.fetched += 1
+                self.trouble = ""
             except ApiError as error:
                 if error.status != _NOT_FOUND:
+                    self.trouble = str(error)
                     log.debug("pod not fetched", namespace=namespace, pod=name, error=str(error))
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 log.warning("pod not understood", namespace=namespace, pod=name, error=str(error))

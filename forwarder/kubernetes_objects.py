@@ -18,8 +18,11 @@ from msgspec import Struct
 
 from forwarder.timestamp import time_ns
 
-LABEL_VALUE_LENGTH_MAX = 63
-"""Kubernetes' own limit for values of labels."""
+NAME_LENGTH_MAX = 253
+"""Kubernetes' own limit for names; not everything that looks like a name is held to it (owners are not)."""
+TEXT_LENGTH_MAX = 512
+"""Images, provider ids: whoever may create a pod chooses them, and they are kept for every alert."""
+ID_LENGTH_MAX = 128
 CONTAINERS_MAX = 64
 ADDRESSES_MAX = 32
 
@@ -97,9 +100,11 @@ class Node(Struct, frozen=True, gc=False):
     nodegroup: str
     compute_type: str
     cluster: str
-    """Cluster it says it belongs to (hybrid providerID, eksctl's label)."""
+    """Cluster in a hybrid node's providerID."""
     addresses: tuple[str, ...]
     """Addresses and host names other than its name."""
+    cluster_label: str = ""
+    """Cluster in eksctl's label."""
 
 
 class Meta(Struct, frozen=True, gc=False):
@@ -109,6 +114,7 @@ class Meta(Struct, frozen=True, gc=False):
     name: str
     labels: tuple[str, ...]
     owner: Owner | None
+    namespace: str = ""
 
 
 class Labels:
@@ -250,12 +256,12 @@ def decode_pod(data: bytes, labels: Labels) -> tuple[Pod, str]:
     wire = _decoded(_pod, data)
     meta, spec, status = wire.metadata, wire.spec, wire.status
     pod = Pod(
-        uid=meta.uid,
-        namespace=intern(meta.namespace),
-        name=meta.name,
-        node=intern(spec.node_name),
-        service_account=intern(spec.service_account_name),
-        ip=status.pod_ip,
+        uid=meta.uid[:ID_LENGTH_MAX],
+        namespace=_name(meta.namespace),
+        name=meta.name[:NAME_LENGTH_MAX],
+        node=_name(spec.node_name),
+        service_account=_name(spec.service_account_name),
+        ip=status.pod_ip[:ID_LENGTH_MAX],
         ip_is_its_own=not spec.host_network and status.phase not in {"Succeeded", "Failed"},
         labels=labels.trim(meta.labels),
         owner=_controller(meta),
@@ -269,14 +275,19 @@ def decode_node(data: bytes) -> tuple[Node, str]:
     """A node from its JSON, and its resource version."""
     wire = _decoded(_node, data)
     meta = wire.metadata
-    labels = meta.labels or {}
-    provider = parse_provider(wire.spec.provider_id)
-    addresses = [item.address for item in (wire.status.addresses or ())[:ADDRESSES_MAX] if item.address]
+    labels = {key: value[:NAME_LENGTH_MAX] for key, value in (meta.labels or {}).items()}
+    provider_id = wire.spec.provider_id[:TEXT_LENGTH_MAX]
+    provider = parse_provider(provider_id)
+    addresses = [
+        item.address[:NAME_LENGTH_MAX]
+        for item in (wire.status.addresses or ())[:ADDRESSES_MAX]
+        if item.address
+    ]
     host = labels.get("kubernetes.io/hostname", "")
     node = Node(
-        uid=meta.uid,
-        name=meta.name,
-        provider_id=wire.spec.provider_id,
+        uid=meta.uid[:ID_LENGTH_MAX],
+        name=meta.name[:NAME_LENGTH_MAX],
+        provider_id=provider_id,
         instance_id=provider.instance_id,
         instance_type=labels.get("node.kubernetes.io/instance-type", ""),
         zone=labels.get("topology.kubernetes.io/zone", "") or provider.zone,
@@ -284,7 +295,8 @@ def decode_node(data: bytes) -> tuple[Node, str]:
         nodegroup=labels.get("eks.amazonaws.com/nodegroup", "")
         or labels.get("alpha.eksctl.io/nodegroup-name", ""),
         compute_type=labels.get("eks.amazonaws.com/compute-type", ""),
-        cluster=provider.cluster or labels.get("alpha.eksctl.io/cluster-name", ""),
+        cluster=provider.cluster,
+        cluster_label=labels.get("alpha.eksctl.io/cluster-name", ""),
         addresses=tuple(
             {address: None for address in (*addresses, host) if address and address != meta.name}
         ),
@@ -295,7 +307,14 @@ def decode_node(data: bytes) -> tuple[Node, str]:
 def decode_meta(data: bytes, labels: Labels = NO_LABELS) -> tuple[Meta, str]:
     """A namespace, ReplicaSet or Job from its metadata, and its resource version."""
     meta = _decoded(_object, data).metadata
-    return Meta(meta.uid, meta.name, labels.trim(meta.labels), _controller(meta)), meta.resource_version
+    found = Meta(
+        uid=meta.uid[:ID_LENGTH_MAX],
+        name=meta.name[:NAME_LENGTH_MAX],
+        labels=labels.trim(meta.labels),
+        owner=_controller(meta),
+        namespace=_name(meta.namespace),
+    )
+    return found, meta.resource_version
 
 
 def parse_provider(provider_id: str) -> Provider:
@@ -321,7 +340,7 @@ def parse_provider(provider_id: str) -> Provider:
 def _controller(meta: Metadata) -> Owner | None:
     for owner in meta.owner_references or ():
         if owner.controller:
-            return Owner(intern(owner.kind), intern(owner.name), intern(owner.uid))
+            return Owner(_name(owner.kind), _name(owner.name), intern(owner.uid[:ID_LENGTH_MAX]))
     return None
 
 
@@ -354,24 +373,23 @@ def _container(spec: _ContainerSpec, status: _ContainerStatus | None) -> Contain
         before = last.terminated if last else None
         previous = (before.container_id or "") if before else ""
     return Container(
-        name=intern(spec.name),
-        id=_bare(status.container_id) if status else "",
-        previous_id=_bare(previous),
-        image=intern(spec.image),
-        image_id=intern(_without_scheme(status.image_id)) if status else "",
-        started=started,
+        name=_name(spec.name),
+        id=_bare(status.container_id)[:ID_LENGTH_MAX] if status else "",
+        previous_id=_bare(previous)[:ID_LENGTH_MAX],
+        image=intern(spec.image[:TEXT_LENGTH_MAX]),
+        image_id=intern(_bare(status.image_id[-TEXT_LENGTH_MAX:])) if status else "",
+        started=started[:ID_LENGTH_MAX],
         privileged=context.privileged if context else None,
     )
 
 
-def _bare(container_id: str) -> str:
-    """``containerd://<64 hex>`` without its runtime."""
-    return container_id.rpartition("://")[2]
+def _bare(identity: str) -> str:
+    """``containerd://<64 hex>`` without its runtime, ``docker-pullable://repository@sha256:...`` without its scheme."""
+    return identity.rpartition("://")[2]
 
 
-def _without_scheme(image_id: str) -> str:
-    """``docker-pullable://repository@sha256:...`` without its scheme."""
-    return image_id.rpartition("://")[2]
+def _name(text: str) -> str:
+    return intern(text[:NAME_LENGTH_MAX])
 
 
 def _seconds(timestamp: str | None) -> float:

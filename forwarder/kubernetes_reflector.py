@@ -26,7 +26,7 @@ import msgspec
 import structlog
 from msgspec import Raw
 
-from forwarder.kubernetes_api import Api, ApiError, reason_of, status_of
+from forwarder.kubernetes_api import Api, ApiError, limited, reason_of, status_of
 from forwarder.kubernetes_objects import Metadata
 from forwarder.kubernetes_stream import ItemSplitter, ListMeta, lines
 
@@ -34,7 +34,8 @@ PAGE_OBJECTS = 500
 PAGES_MAX = 10_000
 WATCH_SECS_MIN, WATCH_SECS_MAX = 300.0, 600.0
 READ_MARGIN_SECS = 30.0
-LIST_READ_SECS = 60.0
+LIST_READ_SECS, LIST_SECS_MAX = 60.0, 600.0
+"""For one read of a page, and for all of it."""
 BACKOFF_BASE_SECS, BACKOFF_MAX_SECS, HEALTHY_SECS = 0.8, 30.0, 120.0
 WISH_SECS_MAX = 60.0
 """A Retry-After is heeded up to this."""
@@ -80,6 +81,9 @@ class Store(Protocol):
 
     def keep_only(self, uids: set[str]) -> int:
         """The end of a list; returns how many were gone."""
+
+    def __len__(self) -> int:
+        """How many are live."""
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
@@ -141,8 +145,10 @@ class Reflector:
         """Monotonic time of the last list, event or bookmark."""
         self.trouble = ""
         """Why not connected, in one line."""
+        self.reason = ""
+        """The same as one of ``metrics.WATCH_RESTARTS``; nothing while connected."""
+        self.store = store
         self._api = api
-        self._store = store
         self._rng = rng
         self._monotonic = monotonic
         self._restarted = restarted
@@ -150,7 +156,7 @@ class Reflector:
         self._backoff = Backoff(rng, monotonic)
         self._version = "0"
         self._listed = False
-        self._said_at = float("-inf")
+        self._said_at = self._odd_said_at = float("-inf")
 
     async def run(self) -> None:
         """List and watch for ever."""
@@ -173,7 +179,7 @@ class Reflector:
 
     async def _wait(self, error: ApiError) -> None:
         self.connected = False
-        self.trouble = str(error)
+        self.trouble, self.reason = str(error), error.reason
         self._restarted(self.resource.kind, error.reason)
         now = self._monotonic()
         if now - self._said_at >= LOG_SECS:
@@ -191,7 +197,7 @@ class Reflector:
                 raise
             self._restarted(self.resource.kind, error.reason)
             version, uids = await self._pages("")
-        gone = self._store.keep_only(uids)
+        gone = self.store.keep_only(uids)
         self._version = version
         self._listed = True
         self._heard()
@@ -218,12 +224,15 @@ class Reflector:
 
     async def _page(self, parameters: dict[str, str], uids: set[str]) -> ListMeta:
         splitter = ItemSplitter()
-        async with self._api.stream(
-            self.resource.path,
-            parameters,
-            accept=self.resource.accept(listing=True),
-            read_secs=LIST_READ_SECS,
-        ) as content:
+        async with (
+            limited(LIST_SECS_MAX),
+            self._api.stream(
+                self.resource.path,
+                parameters,
+                accept=self.resource.accept(listing=True),
+                read_secs=LIST_READ_SECS,
+            ) as content,
+        ):
             async for chunk in content.iter_any():
                 for item in splitter.feed(chunk):
                     self._keep(item, uids)
@@ -235,7 +244,7 @@ class Reflector:
 
     def _keep(self, item: bytes, uids: set[str]) -> None:
         try:
-            uid, _ = self._store.put(item)
+            uid, _ = self.store.put(item)
         except (msgspec.ValidationError, UnicodeDecodeError) as error:
             self._odd(error)
         else:
@@ -254,14 +263,17 @@ class Reflector:
         if self.resource.field_selector:
             parameters["fieldSelector"] = self.resource.field_selector
         began, events = self._monotonic(), 0
-        async with self._api.stream(
-            self.resource.path,
-            parameters,
-            accept=self.resource.accept(listing=False),
-            read_secs=secs + READ_MARGIN_SECS,
-        ) as content:
+        async with (
+            limited(secs + 2 * READ_MARGIN_SECS),
+            self._api.stream(
+                self.resource.path,
+                parameters,
+                accept=self.resource.accept(listing=False),
+                read_secs=secs + READ_MARGIN_SECS,
+            ) as content,
+        ):
             self.connected = True
-            self.trouble = ""
+            self.trouble = self.reason = ""
             async for line in lines(content):
                 events += 1
                 self._take(line)
@@ -291,10 +303,10 @@ class Reflector:
         if kind in {"DELETED", "BOOKMARK"}:
             metadata = _bare.decode(data).metadata
             if kind == "DELETED":
-                self._store.delete(metadata.uid)
+                self.store.delete(metadata.uid)
             return metadata.resource_version
         try:
-            _, version = self._store.put(data)
+            _, version = self.store.put(data)
         except (msgspec.ValidationError, UnicodeDecodeError) as error:
             self._odd(error)
             return _bare.decode(data).metadata.resource_version
@@ -305,4 +317,8 @@ class Reflector:
 
     def _odd(self, error: Exception) -> None:
         """One object is not of the shape it should be: the others are."""
+        now = self._monotonic()
+        if now - self._odd_said_at < LOG_SECS:
+            return
+        self._odd_said_at = now
         log.warning("object skipped: unknown shape", kind=self.resource.kind, error=str(error)[:200])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
@@ -23,6 +24,10 @@ REST_BYTES_MAX = 64 << 20
 
 _NEXT_ITEM = re.compile(rb'\},\{"(?:metadata|kind|apiVersion)":')
 _ITEMS = b'"items":['
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*(")?|[{}\[\]]', re.DOTALL)
+_QUOTE = ord('"')
+DOUBTS_MAX = 16
+"""So many false beginnings within one object, and brackets are counted: each costs a look at the whole object."""
 
 
 class ListMeta(msgspec.Struct, frozen=True, gc=False, rename="camel"):
@@ -51,7 +56,7 @@ class ItemSplitter:
     def __init__(self) -> None:
         self._head = b""
         self._rest = bytearray()
-        self._looked = 0
+        self._looked = self._depth = self._doubts = 0
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """Raises ``ApiError`` where too much would have to be kept."""
@@ -62,18 +67,53 @@ class ItemSplitter:
                 self._check_size()
                 return
             self._looked = 0
-        start = 0
-        for end in [match.start() + 1 for match in _NEXT_ITEM.finditer(rest, self._looked)]:
-            item = bytes(rest[start:end])
-            try:
-                _raw.decode(item)
-            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-                continue  # it only looks like the beginning of the next one
-            yield item
-            start = end + 1
-        del rest[:start]
-        self._looked = max(0, len(rest) - 2 * len(_ITEMS))
+        while (end := self._end()) is not None:
+            yield bytes(rest[:end])
+            del rest[: end + 1]
+            self._looked = self._depth = self._doubts = 0
         self._check_size()
+
+    def _end(self) -> int | None:
+        """Where the first object ends, if it does here; always right, and quick for what an API server sends."""
+        while self._doubts < DOUBTS_MAX:
+            match = _NEXT_ITEM.search(self._rest, self._looked)
+            if match is None:
+                self._looked = max(self._looked, len(self._rest) - 2 * len(_ITEMS))
+                return None
+            end = match.start() + 1
+            self._looked = match.end()
+            with contextlib.suppress(msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+                _raw.decode(memoryview(self._rest)[:end])
+                return end
+            self._doubts += 1  # it only looked like the beginning of the next one
+            if self._doubts == DOUBTS_MAX:
+                self._looked = self._depth = 0
+        return self._counted_end()
+
+    def _counted_end(self) -> int | None:
+        """The same by counting brackets: slower, but no object can make it slower still."""
+        for token in _TOKEN.finditer(self._rest, self._looked):
+            kind, end = self._rest[token.start()], token.end()
+            if kind == _QUOTE:
+                if not token[1]:
+                    self._looked = token.start()  # a text that goes on in the next chunk
+                    return None
+                self._looked = end
+                continue
+            step = 1 if kind in b"{[" else -1
+            if self._depth + step == 0:
+                after = self._rest[end : end + 1]
+                if after == b",":
+                    return end
+                if not after:
+                    self._looked = token.start()  # looked at again, when it is known what follows
+                    return None
+            self._depth += step
+            self._looked = end
+            if self._depth < 0:  # the list is over; what follows is no object of it
+                self._looked = sys.maxsize
+                return None
+        return None
 
     def _begin(self) -> bool:
         """Find the list's own ``items``: where it may be closed at once, and is empty then."""

@@ -16,6 +16,7 @@ import msgspec
 from forwarder.app import Settings
 from forwarder.aws import Aws
 from forwarder.cluster_identity import ClusterIdentity, Surroundings
+from forwarder.contract import DeliveryError
 from forwarder.enrichment.ec2 import NoIdentityError, ask_identity
 from forwarder.enrichment.ecs import Ecs
 from forwarder.kubernetes_access import Access, AccessError, find_source
@@ -97,15 +98,33 @@ async def _ecs(settings: Settings, aws: Aws) -> list[Step]:
     await ecs.start()
     try:
         until = time.monotonic() + ECS_SECS_MAX
-        while "not asked" in ecs.status()["sources"].values() and time.monotonic() < until:  # noqa: ASYNC110
+        while "not asked" in _sources(ecs, "describe_tasks") and time.monotonic() < until:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
     finally:
         await ecs.stop()
+    said = dict(ecs.status()["sources"])
+    if "describe_tasks" in said:
+        said["describe_tasks"] = await _list_tasks(ecs, aws)
     advice = "without it, its containers go without `ecs` (docs/enrichment.md)"
     return [
-        Step(f"ECS: {name}", ok=said == "answers" or name != "task_metadata", finding=said, advice=advice)
-        for name, said in ecs.status()["sources"].items()
+        Step(f"ECS: {name}", ok=word == "answers" or name != "task_metadata", finding=word, advice=advice)
+        for name, word in said.items()
     ]
+
+
+def _sources(ecs: Ecs, but: str) -> list[str]:
+    """What all sources but one say: that one is only asked for what the others do not know."""
+    return [said for name, said in ecs.status()["sources"].items() if name != but]
+
+
+async def _list_tasks(ecs: Ecs, aws: Aws) -> str:
+    if ecs.task is None:
+        return "not tried: the cluster is not known"
+    try:
+        await aws.call(aws.client("ecs"), "list_tasks", cluster=ecs.task.cluster, maxResults=1)
+    except DeliveryError as error:
+        return f"{error.code}: {error}"
+    return "answers"
 
 
 async def _kubernetes(api: Api, nodes: Nodes) -> list[Step]:

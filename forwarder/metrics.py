@@ -66,8 +66,10 @@ ENRICHMENT_RESULTS = (
     "pod_ip",
     "node",
     "audit",
+    "node_unknown",
     "miss",
     "unsynced",
+    "no_api",
     "not_applicable",
     "failed",
 )
@@ -244,13 +246,13 @@ class Metrics:
         results = self._counter(
             "enrichment",
             "Alerts by how their pod was found: pod_uid, name, container_id, pod_ip; node: a host's alert whose node is "
-            "known; audit: k8s_audit; miss: unknown pod; unsynced: unknown, before the first list; not_applicable: nothing "
-            "to look for; failed: a fault of ours",
+            "known (node_unknown: is not); audit: k8s_audit; miss: unknown pod; unsynced: unknown, before the first list; "
+            "no_api: no API server to ask; not_applicable: a plugin's alert, it happened elsewhere; failed: a fault of ours",
             "result",
         )
         self.enrichment = {result: results.labels(result) for result in ENRICHMENT_RESULTS}
         self.enrichment_completed = self._counter(
-            "enrichment_completed", "Alerts whose missing parts were found by the second look, at delivery"
+            "enrichment_completed", "Alerts of which the second look, at a sink's delivery, found more"
         )
         objects = self._gauge(
             "kubernetes_objects", "Objects in the cache; tombstones are deleted pods", "kind"

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Callable
+from html import escape
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ class Questions:
         self.issuers: dict[str, str] = {}
         self.asked: list[str] = []
         self.allowed = True
+        self.forbidden: set[str] = set()
+        self.page = 100
 
     async def ec2(self, request: web.Request) -> web.Response:
         form = await request.post()
@@ -40,18 +43,28 @@ class Questions:
         assert (form["Filter.1.Name"], form["Filter.1.Value.1"]) == ("resource-id", INSTANCE)
         items = "".join(
             f"<item><resourceId>{INSTANCE}</resourceId><resourceType>instance</resourceType>"
-            f"<key>{key}</key><value>{value}</value></item>"
+            f"<key>{escape(key)}</key>{f'<value>{escape(value)}</value>' if value else '<value/>'}</item>"
             for key, value in self.tags.items()
         )
         return web.Response(text=f"<DescribeTagsResponse><tagSet>{items}</tagSet></DescribeTagsResponse>")
 
-    async def clusters(self, request: web.Request) -> web.Response:
+    async def clusters(self, request: web.Request) -> web.StreamResponse:
         self._check(request, "eks", "ListClusters")
-        return web.json_response({"clusters": list(self.issuers)})
+        start = int(request.query.get("nextToken", 0))
+        names, end = list(self.issuers), start + self.page
+        more = {"nextToken": str(end)} if end < len(names) else {}
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for byte in json.dumps({"clusters": names[start:end]} | more).encode():  # as a slow network has it
+            await response.write(bytes([byte]))
+            await asyncio.sleep(0)
+        return response
 
     async def cluster(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         self._check(request, "eks", f"DescribeCluster {name}")
+        if name in self.forbidden:
+            raise web.HTTPForbidden(text="AccessDeniedException: not this one")
         return web.json_response({"cluster": {"identity": {"oidc": {"issuer": self.issuers[name]}}}})
 
     def _check(self, request: web.Request, service: str, what: str) -> None:
@@ -151,6 +164,10 @@ async def test_the_cloudwatch_agents_config_map(identify: Identify, questions: Q
         ({"kubernetes.io/cluster/d": "owned"}, "d"),
         ({"kubernetes.io/cluster/d": "owned", "kubernetes.io/cluster/e": "shared"}, ""),
         ({"Name": "worker"}, ""),
+        ({"a": "", "kubernetes.io/cluster/f": "owned"}, "f"),
+        ({"k8s.io/cluster-autoscaler/enabled": "", "eks:cluster-name": "g"}, "g"),
+        ({"eks:cluster-name": "anybody", "aws:eks:cluster-name": "aws"}, "aws"),
+        ({"note": "<item>&", "eks:cluster-name": "h"}, "h"),
         ({"eks:cluster-name": "not/a name"}, ""),
         ({}, ""),
     ],
@@ -170,6 +187,8 @@ async def test_the_cluster_whose_issuer_signed_our_token(identify: Identify, que
         identity = identify(api=api.url, token=token(ISSUER))
         assert (await identity.look(), identity.source) == ("prod", "eks")
         assert questions.asked == ["ListClusters", "DescribeCluster other", "DescribeCluster prod"]
+        questions.forbidden, questions.page = {"other"}, 1
+        assert await identity.look() == "prod", "one that is forbidden is not ours"
         questions.asked.clear()
         elsewhere = identify(api=api.url, token=token("https://kubernetes.default.svc"))
         assert await elsewhere.look() == ""

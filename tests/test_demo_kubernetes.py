@@ -96,7 +96,7 @@ def said(enricher: Kubernetes, container_id: str) -> dict[str, Any]:
         ("3ad7b26ded6d", "Deployment/payments-api", "container_id", "vm"),
         ("4a2771303b70", "StatefulSet/orders-db", "container_id", "vm"),
         ("ec6c622b2afa", "CronJob/nightly-report", "container_id", "vm"),
-        ("ee90b4bfa6d7", "Pod/storage-provisioner", "pod_uid", "minikube"),
+        ("ee90b4bfa6d7", "Pod/storage-provisioner", "container_id", "minikube"),
         ("45dd76eff80f", "Pod/nginx", "name", "k8-worker-1"),
         ("97c9868ea832", "Pod/alpine", "name", "ip-10-0-2-33.eu-west-1.compute.internal"),
         ("6c9b72f1c563", "DaemonSet/falco", "name", "k8-worker-1"),

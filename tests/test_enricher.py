@@ -101,18 +101,29 @@ def record(enrichment: bytes = b"", *, unresolved: bool = True, body: bytes | No
 
 def test_the_second_look_replaces_what_was_there() -> None:
     completed: list[int] = []
-    knows = Knows(kubernetes={"pod": "web"})
+    knows = Knows(kubernetes={"pod": "web", "resolved_by": "name"})
     enrichment = of(knows, completed=lambda: completed.append(1))
-    again = enrichment.again(record(b'"kubernetes":{"namespace":"shop"}'))
-    assert json.loads(b"{%b}" % again.enrichment) == {"kubernetes": {"pod": "web"}}
+    again = enrichment.again(record(b'"kubernetes":{"namespace":"a name that is longer than all"}'))
+    assert json.loads(b"{%b}" % again.enrichment) == {"kubernetes": {"pod": "web", "resolved_by": "name"}}
     assert (knows.subjects[0].peer, knows.subjects[0].again) == ("10.0.0.9", True)
     assert completed == [1]
 
 
-def test_the_second_look_counts_only_what_is_complete() -> None:
+def test_a_second_look_that_finds_nothing_new_is_not_counted() -> None:
     completed: list[int] = []
-    of(Knows(complete=False), completed=lambda: completed.append(1)).again(record())
+    enrichment = of(Knows(node={"name": "n"}), completed=lambda: completed.append(1))
+    kept = record(b'"node":{"name":"n","zone":"z"}')
+    assert enrichment.again(kept) is kept
     assert completed == []
+
+
+def test_what_was_known_at_ingest_outlives_the_pod_and_the_cache() -> None:
+    """Hours in the spool, or a restart: the cache knows nothing of the pod any more."""
+    whole = b'"kubernetes":{"pod":"web","resolved_by":"name"},"node":{"name":"n","instance_id":"i-0"}'
+    later = of(
+        Knows(kubernetes={"namespace": "shop", "pod": "web", "pod_ip": "10.0.0.1"}, node={"name": "n"})
+    )
+    assert later.again(record(whole)).enrichment == whole
 
 
 def test_a_record_that_lacks_nothing_is_left_alone() -> None:

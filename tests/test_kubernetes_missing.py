@@ -85,7 +85,7 @@ def test_a_miss_is_fresh_for_a_moment_and_asked_for_once(bench: Bench) -> None:
     """True means that the watch may still bring it: delivery looks once more."""
     told = []
     for _ in range(31):
-        told.append(bench.missing.miss("shop", "web-0"))
+        told.append(bench.missing.remember("shop", "web-0"))
         bench.now += 1
     assert (FRESH_SECS, MISSING_SECS) == (5, 30)
     assert told == [True] * 5 + [False] * 25 + [True]
@@ -95,24 +95,24 @@ def test_a_miss_is_fresh_for_a_moment_and_asked_for_once(bench: Bench) -> None:
 
 def test_pods_of_one_name_are_not_confused(bench: Bench) -> None:
     for namespace, name in (("a", "b"), ("b", "a"), ("", "a"), ("", "b"), ("a", "b")):
-        assert bench.missing.miss(namespace, name)
+        assert bench.missing.remember(namespace, name)
     assert len(bench.missing) == 4
     assert bench.missing._queue.qsize() == 2
 
 
 def test_what_is_old_is_forgotten_and_nothing_else(bench: Bench) -> None:
-    bench.missing.miss("shop", "a")
+    bench.missing.remember("shop", "a")
     bench.now += 10
-    bench.missing.miss("shop", "b")
+    bench.missing.remember("shop", "b")
     bench.now += 10
-    bench.missing.miss("shop", "a")  # does not make it younger
+    bench.missing.remember("shop", "a")  # does not make it younger
     bench.now += 9.9
     bench.missing.expire()
     assert len(bench.missing) == 2
     bench.now += 0.1
     bench.missing.expire()
     assert len(bench.missing) == 1
-    bench.missing.miss("shop", "a")  # again: it is the youngest now
+    bench.missing.remember("shop", "a")  # again: it is the youngest now
     bench.now += 20
     bench.missing.expire()
     assert len(bench.missing) == 1
@@ -123,21 +123,21 @@ def test_what_is_old_is_forgotten_and_nothing_else(bench: Bench) -> None:
 
 def test_memory_is_bounded_and_the_oldest_go_first(bench: Bench) -> None:
     assert MISSING_MAX == 10_000
-    bench.missing.miss("", "first")
+    bench.missing.remember("", "first")
     bench.now += FRESH_SECS
-    assert not bench.missing.miss("", "first")
+    assert not bench.missing.remember("", "first")
     for number in range(MISSING_MAX - 1):
-        bench.missing.miss("", f"container-{number}")
-    assert not bench.missing.miss("", "first")
+        bench.missing.remember("", f"container-{number}")
+    assert not bench.missing.remember("", "first")
     for number in range(3 * MISSING_MAX):
-        bench.missing.miss("", f"other-{number}")
+        bench.missing.remember("", f"other-{number}")
     assert len(bench.missing) == MISSING_MAX
-    assert bench.missing.miss("", "first")  # nobody remembers
+    assert bench.missing.remember("", "first")  # nobody remembers
 
 
 def test_the_queue_is_bounded(bench: Bench) -> None:
     for number in range(WAITING_MAX + 50):
-        assert bench.missing.miss("shop", f"web-{number}")
+        assert bench.missing.remember("shop", f"web-{number}")
     assert WAITING_MAX == 100
     assert (bench.missing._queue.qsize(), bench.missing.dropped) == (WAITING_MAX, 50)
 
@@ -154,9 +154,9 @@ HOSTILE = [
 @pytest.mark.parametrize("name", HOSTILE, ids=ascii)
 async def test_what_is_no_name_never_reaches_the_api(bench: Bench, name: str) -> None:
     async with running(bench):
-        bench.missing.miss("shop", name)
-        bench.missing.miss(name, "web-0")
-        bench.missing.miss(name, name)
+        bench.missing.remember("shop", name)
+        bench.missing.remember(name, "web-0")
+        bench.missing.remember(name, name)
         await asyncio.sleep(10)
     assert bench.api.paths == []
     assert len(bench.missing) >= 2  # and yet it is remembered
@@ -168,15 +168,15 @@ async def test_what_is_no_name_never_reaches_the_api(bench: Bench, name: str) ->
 )
 async def test_a_namespace_is_one_label(bench: Bench, namespace: str, name: str) -> None:
     async with running(bench):
-        bench.missing.miss(namespace, name)
+        bench.missing.remember(namespace, name)
         await asyncio.sleep(1)
     assert bench.api.paths == []
 
 
 async def test_longest_names_are_names(bench: Bench) -> None:
     async with running(bench):
-        bench.missing.miss("n" * 63, "p" * 253)
-        bench.missing.miss("0", "a.b-c.0")
+        bench.missing.remember("n" * 63, "p" * 253)
+        bench.missing.remember("0", "a.b-c.0")
         await asyncio.sleep(1)
     assert bench.api.paths == [
         f"/api/v1/namespaces/{'n' * 63}/pods/{'p' * 253}",
@@ -189,7 +189,7 @@ async def test_longest_names_are_names(bench: Bench) -> None:
 @settings(max_examples=300, deadline=None)
 def test_whatever_is_asked_for_is_a_pod_of_a_namespace(namespace: str, name: str) -> None:
     bench = Bench()
-    bench.missing.miss(namespace, name)
+    bench.missing.remember(namespace, name)
     while not bench.missing._queue.empty():
         assert PATH.fullmatch("/api/v1/namespaces/{}/pods/{}".format(*bench.missing._queue.get_nowait()))
 
@@ -200,8 +200,8 @@ def test_whatever_is_asked_for_is_a_pod_of_a_namespace(namespace: str, name: str
 async def test_fetched_in_the_order_of_the_misses_and_handed_on(bench: Bench) -> None:
     async with running(bench):
         for number in range(5):
-            bench.missing.miss("shop", f"web-{number}")
-            bench.missing.miss("shop", f"web-{number}")
+            bench.missing.remember("shop", f"web-{number}")
+            bench.missing.remember("shop", f"web-{number}")
         await asyncio.sleep(10)
     assert bench.api.paths == [path(f"web-{number}") for number in range(5)]
     assert bench.found == [item.encode() for item in bench.api.paths]
@@ -220,7 +220,7 @@ async def test_at_most_ten_fetches_a_second(bench: Bench, outcome: str) -> None:
     bench.api.answer = answer
     async with running(bench):
         for number in range(WAITING_MAX):
-            bench.missing.miss("shop", f"web-{number}")
+            bench.missing.remember("shop", f"web-{number}")
         await asyncio.sleep(5)
         assert 45 <= len(bench.api.times) <= 51
         await asyncio.sleep(10)
@@ -234,7 +234,7 @@ async def test_one_at_a_time_however_slow_the_api_is(bench: Bench) -> None:
     bench.api.secs = 3.0
     async with running(bench):
         for number in range(3):
-            bench.missing.miss("shop", f"web-{number}")
+            bench.missing.remember("shop", f"web-{number}")
         await asyncio.sleep(20)
     steps = [round(time - bench.api.times[0], 6) for time in bench.api.times]
     assert steps == [0, 3.1, 6.2]
@@ -263,10 +263,10 @@ async def test_no_failure_ends_the_fetching(bench: Bench, error: Exception, wher
     else:
         bench.take = fail
     async with running(bench):
-        bench.missing.miss("shop", "bad")
+        bench.missing.remember("shop", "bad")
         await asyncio.sleep(1)
         bench.api.answer, bench.take = str.encode, bench.found.append
-        bench.missing.miss("shop", "good")
+        bench.missing.remember("shop", "good")
         await asyncio.sleep(1)
     assert bench.api.paths == [path("bad"), path("good")]
     assert bench.found == [path("good").encode()]
@@ -282,7 +282,7 @@ async def test_what_is_not_there_is_asked_for_again_after_half_a_minute(bench: B
     async with running(bench):
         for _ in range(620):
             bench.now = 1000.0 + asyncio.get_running_loop().time() - started
-            bench.missing.miss("shop", "web-0")
+            bench.missing.remember("shop", "web-0")
             bench.missing.expire()
             await asyncio.sleep(0.1)
     assert bench.api.paths == [path("web-0")] * 3
@@ -291,7 +291,7 @@ async def test_what_is_not_there_is_asked_for_again_after_half_a_minute(bench: B
 async def test_cancelled_in_the_middle_of_a_fetch(bench: Bench) -> None:
     bench.api.secs = 100.0
     task = asyncio.create_task(bench.missing.run())
-    bench.missing.miss("shop", "web-0")
+    bench.missing.remember("shop", "web-0")
     await asyncio.sleep(1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -274,7 +274,8 @@ def test_labels_of_a_node_outweigh_its_provider_id() -> None:
     }
     node = node_of(made.node("n", provider_id="eks-hybrid:///eu-west-1/prod/mi-1", labels=labels))
     assert (node.zone, node.region, node.nodegroup, node.cluster) == ("z", "r", "group", "prod")
-    assert node_of(made.node("n", labels=labels)).cluster == "told"
+    told = node_of(made.node("n", labels=labels))
+    assert (told.cluster, told.cluster_label) == ("", "told")
 
 
 def test_addresses_of_a_node_once_each_without_its_name_and_bounded() -> None:

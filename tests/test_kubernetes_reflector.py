@@ -51,6 +51,9 @@ class Known:
     def delete(self, uid: str) -> None:
         self.names.pop(uid, None)
 
+    def __len__(self) -> int:
+        return len(self.names)
+
     def keep_only(self, uids: set[str]) -> int:
         gone = self.names.keys() - uids
         for uid in gone:
@@ -441,6 +444,26 @@ async def test_a_silent_connection_is_given_up(api: FakeKubernetes, monkeypatch:
         await watching.settled()
         api.silence("pods")
         await watching.broken("timeout")
+        await watching.settled()
+
+
+async def test_a_list_that_drips_is_given_up(api: FakeKubernetes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte a minute keeps every single read in time."""
+    monkeypatch.setattr(kubernetes_reflector, "LIST_SECS_MAX", 0.2)
+    hanging = api.fail.hang("list")
+    async with running(api) as watching:
+        await watching.broken("timeout")
+        assert "not over within" in watching.reflector.trouble
+        hanging.clear()
+        await watching.settled()
+
+
+async def test_the_token_is_not_repeated_to_the_world(api: FakeKubernetes) -> None:
+    """A proxy's error page may quote the request; what it says goes to the log and to /status."""
+    api.fail.body("list", b"<pre>GET / Authorization: Bearer t0ken</pre>", code=502)
+    async with running(api) as watching:
+        await watching.broken("unavailable")
+        assert "Authorization: Bearer ***" in watching.reflector.trouble
         await watching.settled()
 
 

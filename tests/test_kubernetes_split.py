@@ -8,12 +8,12 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from forwarder import kubernetes_stream
 from forwarder.kubernetes_api import ApiError
-from forwarder.kubernetes_stream import ItemSplitter, lines
+from forwarder.kubernetes_stream import DOUBTS_MAX, ItemSplitter, lines
 from tests.fakes import kubernetes_objects as made
 
 LOOKALIKES = [
@@ -260,3 +260,37 @@ def test_a_long_line_in_many_pieces_is_searched_once() -> None:
     piece = b"x" * 1024
     (line,) = read([*[piece] * 4000, b"\n"])
     assert len(line) == 4000 * 1024
+
+
+# ---- objects that look like many --------------------------------------------------------------------
+
+
+@given(bodies(), CUTS)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_counting_brackets_comes_to_the_same(
+    monkeypatch: pytest.MonkeyPatch, made_list: tuple[dict[str, Any], bytes], cuts: list[int]
+) -> None:
+    """The way for objects that look like many, taken for all of them."""
+    monkeypatch.setattr(kubernetes_stream, "DOUBTS_MAX", 0)
+    thing, body = made_list
+    check(thing, chunks(body, cuts))
+
+
+def test_no_object_makes_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of references in one pod, each of which looks like the beginning of the next pod."""
+    looks: list[int] = []
+
+    class Counting:
+        @staticmethod
+        def decode(data: bytes) -> None:
+            looks.append(len(data))
+            raw.decode(data)
+
+    raw = kubernetes_stream._raw
+    monkeypatch.setattr(kubernetes_stream, "_raw", Counting)
+    owners = [{"apiVersion": "v1", "kind": "X", "name": "a}],[{", "uid": str(n)} for n in range(8000)]
+    items = [{"metadata": {"name": "a", "ownerReferences": owners}}, {"metadata": {"name": 'b"\\\\"'}}]
+    thing = {"metadata": {}, "items": [*items, *items]}
+    body = json.dumps(thing, separators=(",", ":")).encode()
+    check(thing, [body[start : start + 65_536] for start in range(0, len(body), 65_536)])
+    assert len(looks) <= 4 * (DOUBTS_MAX + 1)

@@ -39,6 +39,8 @@ DOCUMENT_BYTES_MAX = 16_384
 HTTP_OK, HTTP_UNAUTHORIZED, HTTP_TOO_MANY, HTTP_SERVER_ERROR = 200, 401, 429, 500
 
 _TOKEN = re.compile(rb"[!-~]{1,1024}")
+_CONTAINER_HOST = re.compile(r"[0-9a-f]{12}")
+_INSTANCE_KEY = b'"instance_id":'
 _ACCOUNT = re.compile(r"[0-9]{12}")
 _REGION = re.compile(r"[a-z]{2,8}(-[a-z]+)+-[0-9]{1,2}")
 _INSTANCE = re.compile(r"i-[0-9a-f]{8,17}")
@@ -254,7 +256,9 @@ class Ec2:
     def enrich(self, subject: Subject, members: dict[str, bytes]) -> bool:
         """Put in ``node`` for what happened on this machine. Always all there is to know."""
         if self._identity is not None and subject.on_a_node and self._is_here(subject):
-            members.setdefault("node", self._named_node if subject.hostname == self._host else self._node)
+            known = members.get("node", b"")
+            if _INSTANCE_KEY not in known:  # the Node object, where it was there, says more than IMDS
+                members["node"] = self._named_node if subject.hostname == self._host else self._node
         return True
 
     def publish(self) -> None:
@@ -271,7 +275,12 @@ class Ec2:
         """Whether it is certain that the alert comes from this machine."""
         if self._settings.same_node != "auto":
             return self._settings.same_node
-        return subject.hostname in self._names or subject.peer in self._addresses
+        host = subject.hostname
+        if host in self._names:
+            return True
+        # A proxy on this machine may hand on what happened on another one, whose name stands there then; a container's id names none.
+        names_none = host in _EVERYBODYS_NAMES or _CONTAINER_HOST.fullmatch(host) is not None
+        return names_none and subject.peer in self._addresses
 
     async def _learn(self) -> None:
         """Ask until IMDS answers: the identity of a running instance never changes."""

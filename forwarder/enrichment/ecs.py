@@ -59,6 +59,8 @@ UNKNOWN_SECS = 60.0
 TASKS_MAX, TASKS_PER_CALL_MAX, LIST_CALLS_MAX = 1000, 100, 20
 HTTP_OK = 200
 
+REFUSED_SECS = 600.0
+
 log = structlog.get_logger("enrichment.ecs")
 
 
@@ -89,7 +91,7 @@ class _NoAnswerError(Exception):
     """A source does not answer now."""
 
 
-class _OffError(Exception):
+class _RefusedError(Exception):
     """A source will not answer before a person changes something."""
 
 
@@ -104,16 +106,15 @@ class _Source:
         self.asked_at = self.answered_at = -math.inf
         self.failures = 0
         self.pause_secs = 0.0
-        self.off = False
         self.reason = ""
 
     @property
     def usable(self) -> bool:
-        return not self.off and not self.failures
+        return not self.failures
 
     def due(self, *, wanted: bool) -> float:
         """When to ask, ``wanted`` for an id it was not asked for yet."""
-        if self.off or (self._on_demand and not wanted and self.asked_at == -math.inf):
+        if self._on_demand and not wanted and self.asked_at == -math.inf:
             return math.inf
         if self.failures:
             return self.asked_at + self.pause_secs
@@ -127,9 +128,12 @@ class _Source:
         self.failures += 1
         self.reason = reason
 
-    def switch_off(self, reason: str) -> None:
-        self.off, self.reason = True, reason
-        log.warning("ECS source switched off", source=self.name, reason=reason)
+    def refused(self, reason: str) -> None:
+        """Forbidden, or asked for what does not exist: only a person can change that, so ask again now and then."""
+        if self.reason != reason:
+            log.warning("ECS source refuses us", source=self.name, reason=reason)
+        self.failures += 1
+        self.pause_secs, self.reason = REFUSED_SECS, reason
 
 
 class Ecs:
@@ -195,7 +199,7 @@ class Ecs:
 
     def enrich(self, subject: Subject, members: dict[str, bytes]) -> bool:
         """Put in ``ecs`` for a container we know. False while it may still turn out whose it is."""
-        if not self.active:
+        if not self.active or not subject.on_a_node:
             return True
         identity = container_id(subject.fields.container_full_id, subject.fields.container_id)
         found = self._answers.get(identity)
@@ -269,8 +273,8 @@ class Ecs:
         source.asked_at = self._now()
         try:
             source.reason = await source.ask(session)
-        except _OffError as error:
-            source.switch_off(str(error))
+        except _RefusedError as error:
+            source.refused(str(error))
         except (_NoAnswerError, OddAnswerError) as error:
             source.failed(str(error), self._rng.uniform(0.8, 1.2))
         except Exception as error:
@@ -339,7 +343,7 @@ class Ecs:
             async with asyncio.timeout(API_SECS_MAX):
                 return await self._describe(cluster)
         except (Permission, Permanent, Blocked) as error:
-            raise _OffError(str(error)) from error
+            raise _RefusedError(str(error)) from error
         except DeliveryError as error:
             raise _NoAnswerError(str(error)) from error
         except TimeoutError:

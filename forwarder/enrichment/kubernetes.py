@@ -22,17 +22,16 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import msgspec
 import structlog
 
 from forwarder.alert import present
 from forwarder.config import setting
-from forwarder.enricher import PLUGIN_FREE_SOURCES, Fields, Subject
+from forwarder.enricher import PLUGIN_FREE_SOURCES, Subject
 from forwarder.kubernetes_access import Access, AccessError, find_source
 from forwarder.kubernetes_api import Api
-from forwarder.kubernetes_cache import container_named, container_of
 from forwarder.kubernetes_members import (
     cluster_of,
     kubernetes_member,
@@ -42,16 +41,15 @@ from forwarder.kubernetes_members import (
 )
 from forwarder.kubernetes_mirror import Mirror
 from forwarder.kubernetes_missing import Missing
-from forwarder.kubernetes_objects import Container, Labels, Node, Pod, decode_pod
+from forwarder.kubernetes_objects import Labels, Node, Pod, decode_pod
+from forwarder.kubernetes_told import Told, container_told, find_pod, runs_falco, told_of
 from forwarder.metrics import Metrics
 
 REMEMBERED_MAX = 12_288
 """About 1.1 KB each."""
 START_AGAIN_SECS = 30.0
-ABSENT = "<NA>"
-_NO_CONTAINER = frozenset({"host", ABSENT})
-"""Falco's ``container.id`` outside of containers, and where it does not know."""
-DOCKER_PARTS = 6
+_WHOLE = b'"provider_id":'
+"""In ``node`` where the Node object was there."""
 
 DEFAULT_LABELS = ["app.kubernetes.io/*", "app", "team"]
 
@@ -74,6 +72,13 @@ class KubernetesSettings(msgspec.Struct, frozen=True, kw_only=True):
         str,
         setting("Watch the pods of this node only (daemonset mode).", pattern=r"^[0-9a-z.-]{0,253}\Z"),
     ] = ""
+    trust_peer: Annotated[
+        bool,
+        setting(
+            "Falco posts to the forwarder itself, so the address an alert comes from tells its node where the hostname does not; "
+            "false behind falcosidekick, an ingress, or anything else that hands alerts on."
+        ),
+    ] = True
     labels: Annotated[list[str], setting("Labels of pods to keep: keys, or prefixes that end in `*`.")] = (
         msgspec.field(default_factory=lambda: list(DEFAULT_LABELS))
     )
@@ -120,10 +125,12 @@ class Kubernetes:
         self.api: Api | None = None
         self.trouble = ""
         """Why the API cannot be asked at all."""
+        self._state = "starting"
         self._missing: Missing | None = None
         self._task: asyncio.Task[None] | None = None
         self._results: Counter[str] = Counter()
         self._unsynced = self._stale = True
+        self._nodes_settled = False
         self._remembered_nodes: dict[str, tuple[Node, bytes]] = {}
 
     # ---- life ---------------------------------------------------------------------------------------
@@ -148,11 +155,12 @@ class Kubernetes:
                 if source is not None:
                     await self._watch(Api(Access(source, self._monotonic)))
                 if self._settings.enabled == "auto":
+                    self._state = "none here"
                     log.info("no Kubernetes API here: alerts go without pods and nodes")
                     return
                 raise AccessError("neither a service account nor a kubeconfig is there")
             except AccessError as error:
-                self.trouble = str(error)
+                self.trouble, self._state = str(error), "broken"
                 log.error("the Kubernetes API cannot be asked", error=self.trouble)
                 await asyncio.sleep(START_AGAIN_SECS)
 
@@ -181,6 +189,11 @@ class Kubernetes:
         """Id of any EC2 instance that is a node, or nothing."""
         return next((node.instance_id for node in self.mirror.nodes.live() if node.instance_id), "")
 
+    def region(self) -> str:
+        """Region of the nodes, or nothing where they are in several."""
+        regions = {node.region for node in self.mirror.nodes.live() if node.region}
+        return regions.pop() if len(regions) == 1 else ""
+
     def publish(self) -> None:
         for result, count in self._results.items():
             self._metrics.enrichment[result].inc(count)
@@ -191,7 +204,8 @@ class Kubernetes:
         mirror.expire()
         if self._missing is not None:
             self._missing.expire()
-        self._unsynced, self._stale = not mirror.synced("pods"), mirror.stale("pods")
+        self._unsynced, self._stale = not mirror.synced("pods"), mirror.behind()
+        self._nodes_settled = mirror.synced("nodes") or mirror.forbidden("nodes")
         for kind, size in mirror.sizes().items():
             metrics.kubernetes_objects[kind].set(size)
         for kind, reflector in mirror.reflectors.items():
@@ -202,72 +216,64 @@ class Kubernetes:
 
     def status(self) -> dict[str, Any]:
         if self.api is None:
-            return {"state": "off", "trouble": self.trouble or None}
-        return {"state": "on", "server": self.api.server, "kinds": self.mirror.state()}
+            return {"state": self._state, "trouble": self.trouble or None}
+        missing = self._missing
+        return {
+            "state": "on",
+            "server": self.api.server,
+            "kinds": self.mirror.state(),
+            "unknown_pods": missing.state() if missing is not None else None,
+        }
 
     # ---- one alert ----------------------------------------------------------------------------------
 
     def enrich(self, subject: Subject, members: dict[str, bytes]) -> bool:
         """``kubernetes`` and ``node``, from memory."""
-        fields = subject.fields
-        if subject.source == "k8s_audit":
+        if subject.source not in PLUGIN_FREE_SOURCES:
             return self._audited(subject, members)
-        if self.api is None or subject.source not in PLUGIN_FREE_SOURCES:
-            return self._count(subject, "not_applicable")
-        told = _told(fields)
-        if not (told.container_id or told.pod or told.uid or told.ip):
+        if self.api is None:
+            return self._count(subject, "no_api")
+        told = told_of(subject.fields)
+        if not (told.container_id or told.pod or told.uid or told.ip or told.docker):
             node = self._host_node(subject)
-            self._count(subject, "node" if node else "not_applicable")
-            if node:
-                members.setdefault("node", node)
-            return bool(node) or not self._unsynced
-        pod, step = self._find(told, subject.time_ns / 1e9)
+            self._count(subject, "node" if node else "node_unknown")
+            return self._add_node(members, node)
+        pod, step = find_pod(self.mirror.pods, told, subject.time_ns / 1e9)
         if pod is None:
             return self._missed(subject, told, members)
         self._count(subject, step)
         member, sure = self._member(pod, told, step)
         members.setdefault("kubernetes", member)
         if pod.node:
-            members.setdefault("node", self._node(pod.node))
-        return sure
+            return self._add_node(members, self._node(pod.node)) and sure
+        self._add_node(members, self._host_node(subject))
+        return False  # it runs, so it has a node: the watch is behind
 
-    def _find(self, told: _Told, at: float) -> tuple[Pod | None, str]:
-        pods = self.mirror.pods
-        if told.uid:
-            pod = pods.by_uid(told.uid)
-            if pod is not None:
-                return pod, "pod_uid"
-        if told.namespace and told.pod:
-            pod = pods.by_place(told.namespace, told.pod, at)
-            if pod is not None:
-                return pod, "name"
-        if told.container_id:
-            pod = pods.by_container(told.container_id)
-            if pod is not None:
-                return pod, "container_id"
-        if told.ip:
-            pod = pods.by_address(told.ip, at)
-            if pod is not None:
-                return pod, "pod_ip"
-        return None, ""
-
-    def _missed(self, subject: Subject, told: _Told, members: dict[str, bytes]) -> bool:
-        """Only what Falco said; True where there is no hope that more will be known in a moment."""
-        said = told_member(namespace=told.namespace, pod=told.pod, pod_uid=told.uid, pod_ip=told.ip)
-        if said:
-            members.setdefault("kubernetes", said)
-        node = self._host_node(subject)
+    def _add_node(self, members: dict[str, bytes], node: bytes) -> bool:
+        """Put it in; False where the node list, when it comes, may know more of it."""
         if node:
             members.setdefault("node", node)
+        return _WHOLE in node or self._nodes_settled
+
+    def _missed(self, subject: Subject, told: Told, members: dict[str, bytes]) -> bool:
+        """Only what Falco said; True where there is no hope that more will be known in a moment."""
+        _, name, namespace, uid = told.docker or ("", "", "", "")
+        pod, namespace = told.pod or name, told.namespace or namespace
+        said = told_member(namespace=namespace, pod=pod, pod_uid=told.uid or uid, pod_ip=told.ip)
+        if said:
+            members.setdefault("kubernetes", said)
+        self._add_node(members, self._host_node(subject))
         self._count(subject, "unsynced" if self._unsynced else "miss")
         if self._missing is None:
             return True
-        name = told.pod if told.namespace and told.pod else told.uid or told.container_id or told.ip
-        fresh = self._missing.miss(told.namespace if told.pod else "", name)
+        identity = pod if namespace and pod else told.uid or told.container_id or told.ip
+        fresh = self._missing.remember(namespace if pod else "", identity)
         return not fresh and not self._unsynced
 
     def _audited(self, subject: Subject, members: dict[str, bytes]) -> bool:
-        """k8s_audit: the target's namespace and the user, wherever Falco runs."""
+        """Of plugins' alerts, those of k8s_audit: the target's namespace and the user, wherever Falco runs."""
+        if subject.source != "k8s_audit":
+            return self._count(subject, "not_applicable")
         fields = subject.fields
         namespace = present(fields.audit_namespace)
         member = told_member(namespace=namespace, user=present(fields.audit_user))
@@ -280,15 +286,16 @@ class Kubernetes:
             self._results[result] += 1
         return True
 
-    def _member(self, pod: Pod, told: _Told, step: str) -> tuple[bytes, bool]:
+    def _member(self, pod: Pod, told: Told, step: str) -> tuple[bytes, bool]:
         """``kubernetes`` of a known pod, and whether it is all there is; remembered, because alerts come in swarms."""
         key = (pod.uid, told.container_id, told.container, step)
         known = self._remembered.get(key)
         if known is not None and known[0] is pod and known[1] is self._stale:
             return known[2], True
-        container = _container(pod, told)
-        workload, sure = workload_of(pod, self.mirror.owners)
-        namespace = self.mirror.namespaces.named(pod.namespace)
+        container, certain = container_told(pod, told)
+        mirror = self.mirror
+        workload, sure = workload_of(pod, mirror.owners)
+        namespace = mirror.namespaces.named(pod.namespace)
         member = kubernetes_member(
             pod,
             container,
@@ -297,17 +304,14 @@ class Kubernetes:
             resolved_by=step,
             stale=self._stale,
         )
-        # Where a kind is forbidden or away for good, there is nothing to wait for.
-        hopeless = self.mirror.stale("replicasets") or self.mirror.stale("namespaces")
-        if container is None and told.container_id and self._hopes_for(told.container_id):
+        if not certain and self._missing is not None and self._missing.remember("", told.container_id):
             return member, False  # the runtime was quicker than the watch
-        if not hopeless and not (sure and namespace is not None):
+        # Of what is forbidden there is nothing to wait for.
+        sure = sure or mirror.forbidden("replicasets") or mirror.forbidden("jobs")
+        if not sure or (namespace is None and not mirror.forbidden("namespaces")):
             return member, False
         _remember(self._remembered, key, (pod, self._stale, member))
         return member, True
-
-    def _hopes_for(self, container_id: str) -> bool:
-        return self._missing is not None and self._missing.miss("", container_id)
 
     def _node(self, name: str) -> bytes:
         node = self.mirror.nodes.named(name)
@@ -321,69 +325,30 @@ class Kubernetes:
 
     def _host_node(self, subject: Subject) -> bytes:
         """The node the alert came from, or nothing."""
-        nodes, pods = self.mirror.nodes, self.mirror.pods
-        host, peer = subject.hostname, subject.peer
-        for name in (host, peer):
-            node = nodes.find(name) if name else None
-            if node is not None:
-                return self._node(node.name)
-            pod = None
-            if name and name is host:
-                pod = pods.by_bare_name(host) or pods.by_container(host)
-            elif name:
-                pod = pods.by_address(peer, subject.time_ns / 1e9)
-            if pod is not None and pod.node:
-                return self._node(pod.node)
-        return b""
+        host = subject.hostname
+        name = self._node_of_host(host) if host else ""
+        if not name and self._settings.trust_peer and subject.peer:
+            name = self._node_of_peer(subject.peer, subject.time_ns / 1e9)
+        return self._node(name) if name else b""
 
+    def _node_of_host(self, host: str) -> str:
+        """By a node's name or address, by the name of a Falco pod, by the container Falco runs in."""
+        node = self.mirror.nodes.find(host)
+        if node is not None:
+            return node.name
+        pods = self.mirror.pods
+        pod = pods.by_bare_name(host)
+        if pod is None or not runs_falco(pod):  # any pod may be called like somebody's machine
+            pod = pods.by_container(host)
+        return pod.node if pod is not None else ""
 
-class _Told(NamedTuple):
-    """What Falco says of the pod, absent values empty."""
-
-    uid: str
-    namespace: str
-    pod: str
-    container: str
-    container_id: str
-    ip: str
-
-
-def _told(fields: Fields) -> _Told:
-    """Written out: this runs for every alert, and most values are absent."""
-    uid = fields.pod_uid or fields.plugin_pod_uid
-    namespace = fields.namespace or fields.plugin_namespace
-    pod = fields.pod_name or fields.plugin_pod_name
-    container = fields.container_name
-    container_id = fields.container_full_id or fields.container_id
-    ip = fields.pod_ip or fields.plugin_pod_ip
-    if container and container.startswith("k8s_"):
-        # Docker's name for a pod's container: k8s_<container>_<pod>_<namespace>_<uid>_<attempt>
-        parts = container.split("_")
-        if len(parts) == DOCKER_PARTS:
-            container = parts[1]
-            pod, namespace, uid = pod or parts[2], namespace or parts[3], uid or parts[4]
-    return _Told(
-        "" if uid is None or uid == ABSENT else uid,
-        "" if namespace is None or namespace == ABSENT else namespace,
-        "" if pod is None or pod == ABSENT else pod,
-        "" if container is None or container == ABSENT else container,
-        "" if container_id is None or container_id in _NO_CONTAINER else container_id,
-        "" if ip is None or ip == ABSENT else ip,
-    )
-
-
-def _container(pod: Pod, told: _Told) -> Container | None:
-    """The container the alert is about, as far as that is certain."""
-    if told.container_id:
-        container = container_of(pod, told.container_id)
-        if container is not None and not container.id.startswith(told.container_id):
-            # The instance before the restart: its start is not known.
-            return msgspec.structs.replace(container, id=container.previous_id, started="")
-        if container is not None:
-            return container
-    elif len(pod.containers) == 1:
-        return pod.containers[0]
-    return container_named(pod, told.container) if told.container else None
+    def _node_of_peer(self, peer: str, at: float) -> str:
+        """By a node's address, or that of a Falco pod; what others hand on came from elsewhere."""
+        node = self.mirror.nodes.find(peer)
+        if node is not None:
+            return node.name
+        pod = self.mirror.pods.by_address(peer, at)
+        return pod.node if pod is not None and runs_falco(pod) else ""
 
 
 def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:

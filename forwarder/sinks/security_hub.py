@@ -122,13 +122,19 @@ class SecurityHub:
 
     async def open(self) -> None:
         """Learn the account: a finding must carry that of the caller."""
+        _, arn, account = self._cluster
+        account = account or (arn.split(":")[4] if arn else "")
+        if not account and self.role is not None:
+            account = (
+                await self._aws.account()
+            )  # the role is the findings' account, not that of what they are about
         self._context = Context(
             partition=self._aws.partition(),
             region=self._aws.region,
             account=await self._aws.account(self.role),
             cluster=self._cluster[0],
             cluster_arn=self._cluster[1],
-            cluster_account=self._cluster[2],
+            cluster_account=account,
             replica=self._replica,
             log_group=self._log_group,
             log_stream=self._log_stream,

@@ -316,6 +316,7 @@ def test_the_hosts_own_name_proves_it() -> None:
 def test_the_own_addresses_prove_it_outside_kubernetes_and_ecs(peer: str) -> None:
     """Falco's host name may be anything then (a container's id): no name is given."""
     assert node_of(knowing(), "3f4e8a1b2c3d", peer) == NODE
+    assert node_of(knowing(), "db7.example.com", peer) is None, "handed on by a proxy of this machine"
     for environment in (KUBERNETES, {"ECS_CONTAINER_METADATA_URI_V4": "http://169.254.170.2/v4/x"}):
         assert node_of(knowing(environment), "3f4e8a1b2c3d", peer) is None
 
@@ -364,10 +365,14 @@ def test_a_plugins_alert_did_not_happen_on_the_node() -> None:
     assert node_of(knowing(same_node=True), "web-1", source="internal") is not None
 
 
-def test_a_node_that_is_there_is_left_alone() -> None:
-    members = {"node": b'{"name":"from the Node object"}'}
-    assert knowing().enrich(Subject("syscall", "web-1", 1, Fields(), ""), members)
-    assert members == {"node": b'{"name":"from the Node object"}'}
+def test_a_node_that_is_there_is_left_alone_unless_it_is_only_a_name() -> None:
+    subject = Subject("syscall", "web-1", 1, Fields(), "")
+    members = {"node": b'{"name":"from the Node object","instance_id":"i-0"}'}
+    assert knowing().enrich(subject, members)
+    assert members == {"node": b'{"name":"from the Node object","instance_id":"i-0"}'}
+    members = {"node": b'{"name":"web-1"}'}
+    assert knowing().enrich(subject, members)
+    assert b'"instance_id":"i-0123456789abcdef0"' in members["node"]
 
 
 # ---- settings ---------------------------------------------------------------------------------------

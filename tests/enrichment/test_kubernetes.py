@@ -36,12 +36,12 @@ def seconds(text: str) -> float:
 class Cluster:
     """An enricher whose cache a test fills by hand, at a time the test sets."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
         self.wall = seconds(ALERT_AT)
         self.monotonic = 1000.0
         self.metrics = Metrics(["cloudwatch_logs"])
         self.enricher = Kubernetes(
-            KubernetesSettings(),
+            KubernetesSettings(**settings),
             metrics=self.metrics,
             now=lambda: self.wall,
             monotonic=lambda: self.monotonic,
@@ -53,6 +53,7 @@ class Cluster:
             self.enricher.api, self.enricher._offer, monotonic=lambda: self.monotonic
         )
         self.enricher._stale = self.enricher._unsynced = False
+        self.enricher._nodes_settled = True
         self.mirror = self.enricher.mirror
         self.mirror.stale = dict.fromkeys(RESOURCES, False).get  # type: ignore[assignment]
         self.mirror.synced = dict.fromkeys(RESOURCES, True).get  # type: ignore[assignment]
@@ -71,9 +72,11 @@ class Cluster:
         item = objects.namespace(name, labels=labels)
         self.mirror.namespaces.put(decode_meta(json.dumps(item).encode(), LABELS)[0])
 
-    def owner(self, kind: str, name: str, above: objects.Owner | None = None) -> objects.Owner:
+    def owner(
+        self, kind: str, name: str, above: objects.Owner | None = None, namespace: str = "shop"
+    ) -> objects.Owner:
         make = {"ReplicaSet": objects.replicaset, "Job": objects.job}[kind]
-        item = make(name, "shop", owner=above)
+        item = make(name, namespace, owner=above)
         self.mirror.owners[kind].put(decode_meta(json.dumps(item).encode(), NO_LABELS)[0])
         return objects.Owner(kind, name, item["metadata"]["uid"])
 
@@ -304,11 +307,94 @@ def test_the_instance_comes_from_the_provider_id(
 
 
 def test_a_cluster_is_named_where_its_nodes_agree(cluster: Cluster) -> None:
+    label = {"alpha.eksctl.io/cluster-name": "shop"}
     assert cluster.enricher.cluster() == ""
-    cluster.node("a", provider_id="eks-hybrid:///us-east-2/prod/mi-0aa", internal_ip="10.0.9.1")
+    cluster.node("a", labels=label, internal_ip="10.0.9.1")
+    assert cluster.enricher.cluster() == "", "one of two: a kubelet labels itself"
+    cluster.node("b", labels=label, internal_ip="10.0.9.2")
+    assert cluster.enricher.cluster() == "shop"
+    cluster.node("c", provider_id="eks-hybrid:///us-east-2/prod/mi-0aa", internal_ip="10.0.9.3")
     assert cluster.enricher.cluster() == "prod"
-    cluster.node("b", labels={"alpha.eksctl.io/cluster-name": "other"}, internal_ip="10.0.9.2")
+    cluster.node("d", provider_id="eks-hybrid:///us-east-2/test/mi-0ab", internal_ip="10.0.9.4")
     assert cluster.enricher.cluster() == ""
+
+
+def test_one_may_only_be_taken_for_falco_that_is_falco(cluster: Cluster) -> None:
+    """Any pod may be called like somebody's machine, and anything may hand alerts on."""
+    cluster.pod("db01", "shop", ip="10.0.3.9")
+    host = {"container.id": "host"}
+    assert cluster.ask(host, hostname="db01")[0] == {}
+    assert cluster.ask(host, "10.0.3.9", hostname="bastion7")[0] == {}
+    cluster.pod("agent-1", "falco", ip="10.0.3.8", owner=objects.Owner("DaemonSet", "agent", "x"))
+    assert cluster.ask(host, hostname="agent-1")[0]["node"]["name"] == NODE
+    assert cluster.counted() == {"node": 1, "node_unknown": 2}
+
+
+def test_the_peer_counts_only_where_falco_posts_itself() -> None:
+    behind = Cluster(trust_peer=False)
+    behind.node()
+    assert behind.ask({"container.id": "host"}, "10.0.1.17", hostname=None) == ({}, True)
+
+
+def test_a_container_started_a_moment_ago_is_not_taken_for_the_one_before(cluster: Cluster) -> None:
+    pod = cluster.pod()
+    found, complete = cluster.ask(
+        {"container.id": "b" * 12, "container.name": "app", "k8s.ns.name": "shop", "k8s.pod.name": "web-0"}
+    )
+    assert found["kubernetes"]["container_id"] == "b" * 12
+    assert found["kubernetes"]["image"] == pod["spec"]["containers"][0]["image"]
+    assert not {"container_started", "image_id"} & found["kubernetes"].keys()
+    assert not complete
+
+
+def test_an_answer_made_without_owner_or_labels_is_not_remembered(cluster: Cluster) -> None:
+    """The pods were listed, the ReplicaSets and namespaces not yet."""
+    owner = objects.Owner("ReplicaSet", "web-5d4", objects.uid_of("late/web-5d4"))
+    pod = cluster.pod("web-0", "late", owner=owner)
+    ask = {"container.id": container_id(pod)}
+    assert cluster.ask(ask)[1] is False
+    cluster.namespace("late", team="search")
+    cluster.owner("ReplicaSet", "web-5d4", objects.Owner("Deployment", "web", "d"), namespace="late")
+    found, complete = cluster.ask(ask)
+    assert complete
+    assert found["kubernetes"]["workload"]["kind"] == "Deployment"
+    assert found["kubernetes"]["namespace_labels"] == {"team": "search"}
+
+
+def test_a_node_that_is_not_listed_yet_is_looked_for_again(cluster: Cluster) -> None:
+    pod = cluster.pod(node="late")
+    cluster.enricher._nodes_settled = False
+    assert cluster.ask({"container.id": container_id(pod)})[1] is False
+    cluster.node("late")
+    assert cluster.ask({"container.id": container_id(pod)})[1] is True
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["container.id", "container.full_id", "container.name", "k8s.pod.name", "k8s.pod.uid", "k8s.pod.ip"],
+)
+def test_what_is_too_long_to_be_one_is_not_kept(cluster: Cluster, key: str) -> None:
+    for number in range(5):
+        found, _ = cluster.ask({key: f"{number}" * 1_000_000, "k8s.ns.name": "n" * 1000})
+        assert len(json.dumps(found)) < 2000
+    memory = [*cluster.enricher._remembered, *cluster.enricher._missing._since]  # type: ignore[union-attr]
+    assert sum(len(str(item)) for item in memory) < 2000
+
+
+def test_texts_of_a_pod_are_bounded(cluster: Cluster) -> None:
+    """Whoever may create a pod chooses its owner's name and its image: they go with every alert."""
+    pod = objects.pod(
+        "web-0",
+        "shop",
+        node=NODE,
+        created=CREATED,
+        owner=objects.Owner("K" * 10**6, "n" * 10**6, "u" * 10**6),
+        containers=[objects.Container("app", image="i" * 10**6, image_id="d" * 10**6)],
+    )
+    cluster.mirror.pods.put(decode_pod(json.dumps(pod).encode(), LABELS)[0])
+    found, _ = cluster.ask({"k8s.ns.name": "shop", "k8s.pod.name": "web-0"})
+    assert found["kubernetes"]["pod"] == "web-0"
+    assert len(json.dumps(found)) < 4000
 
 
 # ---- misses ----------------------------------------------------------------------------------------------
