@@ -143,12 +143,12 @@ class Mirror:
         return self._monotonic() - reflector.heard_at > STALE_SECS
 
     def forbidden(self, kind: str) -> bool:
-        """Whether the API server refuses us this kind: there is nothing to wait for."""
+        """Whether the API server never gave us this kind, for lack of permission: there is nothing to wait for."""
         reflector = self.reflectors.get(kind)
-        return reflector is not None and reflector.reason == "permission"
+        return reflector is not None and reflector.reason == "permission" and not reflector.synced.is_set()
 
     def behind(self) -> bool:
-        """Whether anything an answer is made of may be stale; what is forbidden is missing, not stale."""
+        """Whether anything an answer is made of may be stale; what was always forbidden is missing, not stale."""
         return any(self.stale(kind) and not self.forbidden(kind) for kind in RESOURCES)
 
     def expire(self) -> None:

@@ -210,3 +210,21 @@ async def test_every_real_alert_gets_what_is_known_of_it_and_nothing_else(
         expected = {key: value for key, value in expected.items() if value}
         assert event.get("kubernetes", {}) == expected, told
         assert "node" not in event
+
+
+async def test_a_permission_taken_away_leaves_a_cache_that_is_stale(
+    aws: FakeAws, forwarder: Start, api: FakeKubernetes, tmp_path: Path
+) -> None:
+    running = await forwarder(changes(api, tmp_path))
+    await synced(running)
+    api.allow = set()
+    for kind in ("pods", "nodes", "namespaces", "replicasets", "jobs"):
+        await api.cut(kind)
+    await running.until(
+        lambda: "forbidden" in str(running.app.status()["enrichment"]["kubernetes"]["kinds"]["pods"])
+    )
+    running.app.publish()
+    await running.post(alert({"container.id": container_id(web(api))[:12]}))
+    await running.at_rest()
+    (event,) = aws.messages()
+    assert (event["kubernetes"]["pod"], event["kubernetes"]["stale"]) == ("web-5d4-abcde", True)
