@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from forwarder import kubernetes_reflector
+from forwarder.enrichment import kubernetes
 from tests.enriched import alert, kubernetes_of, node_of, resource
 from tests.fakes import kubernetes_objects as objects
 from tests.fakes.aws import FakeAws
@@ -228,3 +229,40 @@ async def test_a_permission_taken_away_leaves_a_cache_that_is_stale(
     await running.at_rest()
     (event,) = aws.messages()
     assert (event["kubernetes"]["pod"], event["kubernetes"]["stale"]) == ("web-5d4-abcde", True)
+
+
+async def test_an_api_that_has_to_be_there_is_waited_for(
+    aws: FakeAws, forwarder: Start, api: FakeKubernetes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kubeconfig comes later than the forwarder: said in the status, counted, and taken when it is there."""
+    monkeypatch.setattr(kubernetes, "START_AGAIN_SECS", 0.05)
+    settings = changes(api, tmp_path)
+    file = tmp_path / "kubeconfig"
+    text = file.read_text()
+    file.unlink()
+    running = await forwarder(settings)
+    await running.until(lambda: running.app.status()["enrichment"]["kubernetes"]["state"] == "broken")
+    assert "cannot be read" in running.app.status()["enrichment"]["kubernetes"]["trouble"]
+    await running.post(alert({"container.id": container_id(web(api))[:12]}))
+    file.write_text(text)
+    await synced(running)
+    await running.post(alert({"container.id": container_id(web(api))}))
+    await running.at_rest()
+    before, after = aws.messages()
+    assert "kubernetes" not in before
+    assert after["kubernetes"]["pod"] == "web-5d4-abcde"
+    scrape = await running.scrape()
+    assert scrape.total("enrichment_total", result="no_api") == 1
+
+
+async def test_where_there_is_no_api_that_is_all_there_is_to_say(
+    aws: FakeAws, forwarder: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    running = await forwarder({"enrichment.kubernetes": {"enabled": "auto"}})
+    await running.until(lambda: running.app.status()["enrichment"]["kubernetes"]["state"] == "none here")
+    answers = await running.post(*REAL_BODIES[:5])
+    assert {answer.status for answer in answers} == {200}
+    await running.at_rest()
+    assert len(aws.messages()) == 5
