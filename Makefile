@@ -21,7 +21,7 @@ demo: setup
 	@$(BIN)/falco-forwarder demo $(if $(KEEP),--keep,--once)
 
 test: setup
-	$(BIN)/pytest -n 2 --dist worksteal $(ARGS)
+	$(BIN)/pytest -n 3 --dist worksteal $(ARGS)
 
 fmt: setup
 	$(BIN)/ruff format .
@@ -38,7 +38,7 @@ types: setup
 
 cov: setup
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q -n 2 --dist worksteal $(ARGS)
+	$(BIN)/coverage run -m pytest -q -n 3 --dist worksteal $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

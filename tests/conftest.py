@@ -8,6 +8,7 @@ import logging
 import os
 import traceback
 from collections.abc import AsyncIterator, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import structlog
 from blockbuster import BlockBuster, BlockingError
 from blockbuster import blockbuster as blockbuster_module
+from botocore.loaders import JSONFileLoader
 
 from forwarder import delivery, logs, receiver, spool
 from forwarder.app import Application
@@ -23,6 +25,18 @@ from tests.running import Running, Start, settings_of
 
 # looptime asks the policy for a loop, which would make one in each process that nobody closes.
 asyncio.set_event_loop(None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _models_read_once() -> Iterator[None]:
+    """The SDK parses its service models again for every session: a third of the time of all tests."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(JSONFileLoader, "load_file", cache(JSONFileLoader.load_file))
+    # One loader for all: what is remembered is remembered by loader and path.
+    patch.setattr(JSONFileLoader, "__hash__", lambda _: 0, raising=False)
+    patch.setattr(JSONFileLoader, "__eq__", lambda _, other: isinstance(other, JSONFileLoader), raising=False)
+    yield
+    patch.undo()
 
 
 @pytest.fixture(autouse=True)
