@@ -94,7 +94,7 @@ class Enricher(Protocol):
         """End those tasks."""
 
     def enrich(self, subject: Subject, members: dict[str, bytes]) -> bool:
-        """Put in what is known, root key -> JSON object, leaving keys that are there alone.
+        """Put in what is known, root key -> JSON object, leaving keys that are there alone unless it knows more.
 
         From memory, in microseconds. False where looking again in a moment may find more.
         """

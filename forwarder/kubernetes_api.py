@@ -48,8 +48,7 @@ class _Cause(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
-class _Details(msgspec.Struct, frozen=True, rename="camel"):
-    retry_after_seconds: float = 0.0
+class _Details(msgspec.Struct, frozen=True):
     causes: list[_Cause] | None = None
 
 

@@ -168,7 +168,7 @@ class Mirror:
         }
 
     def age_secs(self, kind: str) -> float:
-        """Since this kind's last list, event or bookmark; since the start where there was none."""
+        """Since this kind's last list, event or bookmark; infinite before the first."""
         return self._monotonic() - self.reflectors[kind].heard_at
 
     def state(self) -> dict[str, Any]:

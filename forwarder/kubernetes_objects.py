@@ -4,7 +4,7 @@ A pod of the API is 12 KB of JSON and 65 KB as dictionaries; a ``Pod`` is about 
 decoder skips what is not named here, strings that repeat are shared, and the records are of no interest to the garbage collector
 (ten thousand of them would stop the service for most of a second).
 
-Unknown shapes raise ``msgspec.ValidationError``; who asked counts and skips the object.
+Unknown shapes raise ``msgspec.ValidationError``; who asked logs and skips the object.
 """
 
 from __future__ import annotations

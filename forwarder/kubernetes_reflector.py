@@ -245,7 +245,7 @@ class Reflector:
     def _keep(self, item: bytes, uids: set[str]) -> None:
         try:
             uid, _ = self.store.put(item)
-        except (msgspec.ValidationError, UnicodeDecodeError) as error:
+        except msgspec.ValidationError as error:
             self._odd(error)
         else:
             uids.add(uid)
@@ -307,7 +307,7 @@ class Reflector:
             return metadata.resource_version
         try:
             _, version = self.store.put(data)
-        except (msgspec.ValidationError, UnicodeDecodeError) as error:
+        except msgspec.ValidationError as error:
             self._odd(error)
             return _bare.decode(data).metadata.resource_version
         return version

@@ -51,6 +51,7 @@ START_AGAIN_SECS = 30.0
 _WHOLE = b'"provider_id":'
 """In ``node`` where the Node object was there."""
 
+_OWNERS = {"ReplicaSet": "replicasets", "Job": "jobs"}
 DEFAULT_LABELS = ["app.kubernetes.io/*", "app", "team"]
 
 log = structlog.get_logger("kubernetes")
@@ -306,8 +307,8 @@ class Kubernetes:
         )
         if not certain and self._missing is not None and self._missing.remember("", told.container_id):
             return member, False  # the runtime was quicker than the watch
-        # Of what is forbidden there is nothing to wait for.
-        sure = sure or mirror.forbidden("replicasets") or mirror.forbidden("jobs")
+        # Of what is forbidden there is nothing to wait for; where the chain stopped is what was missing.
+        sure = sure or mirror.forbidden(_OWNERS.get(workload.kind, ""))
         if not sure or (namespace is None and not mirror.forbidden("namespaces")):
             return member, False
         _remember(self._remembered, key, (pod, self._stale, member))
