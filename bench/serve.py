@@ -18,8 +18,9 @@ from aiohttp import web
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from forwarder.app import Application, load_settings
+from forwarder.app import Application
 from forwarder.logs import configure
+from forwarder.settings import load_settings
 
 SAMPLE_SECS = 0.002
 

@@ -12,9 +12,9 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from forwarder.app import Settings
 from forwarder.config import documented
 from forwarder.metrics import Metrics
+from forwarder.settings import Settings
 from forwarder.sinks import SINKS
 
 DOCS = Path(__file__).parent

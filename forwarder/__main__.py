@@ -60,8 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(config: Path | None) -> int:
-    from forwarder.app import Application, ConfigError, load_settings  # noqa: PLC0415 - --version stays fast
+    from forwarder.app import Application  # noqa: PLC0415 - --version stays fast
+    from forwarder.config import ConfigError  # noqa: PLC0415
     from forwarder.logs import configure  # noqa: PLC0415
+    from forwarder.settings import load_settings  # noqa: PLC0415
     from forwarder.spool_schema import SpoolUnusableError  # noqa: PLC0415
 
     try:
@@ -87,7 +89,8 @@ def _run(config: Path | None) -> int:
 
 
 def _check(config: Path | None, *, live: bool) -> int:
-    from forwarder.app import ConfigError, load_settings  # noqa: PLC0415
+    from forwarder.config import ConfigError  # noqa: PLC0415
+    from forwarder.settings import load_settings  # noqa: PLC0415
 
     try:
         settings = _with_region(lambda: load_settings(config)) if live else load_settings(config)

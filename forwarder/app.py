@@ -17,32 +17,26 @@ import random
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Any
 
-import msgspec
 import structlog
 
-from forwarder.admin import Admin, AdminSettings
-from forwarder.aws import Aws, AwsSettings
+from forwarder.admin import Admin
+from forwarder.aws import Aws
 from forwarder.cluster_identity import ClusterIdentity, Surroundings
-from forwarder.config import ConfigError as ConfigError  # noqa: PLC0414 - part of this module's face
-from forwarder.config import load, setting
 from forwarder.contract import Sink
-from forwarder.delivery import DeliverySettings, Worker
+from forwarder.delivery import Worker
 from forwarder.enricher import Enricher, Enrichment
 from forwarder.enrichment import ENRICHERS, enricher_class
 from forwarder.enrichment.kubernetes import Kubernetes
 from forwarder.ingest import Ingest
-from forwarder.logs import LogSettings
 from forwarder.metrics import Metrics
 from forwarder.receiver import Receiver
-from forwarder.receiver_settings import ReceiverSettings
 from forwarder.record import DeadLetter
-from forwarder.sinks import SINKS, sink_class
+from forwarder.settings import Settings, enabled_sinks
+from forwarder.sinks import sink_class
 from forwarder.spool import Spool
-from forwarder.spool_settings import SpoolSettings
 
 RESTART_SECS = 1.0
 GC_THRESHOLDS = (20_000, 20, 20)
@@ -52,83 +46,6 @@ LAG_WINDOW_SECS = 10.0
 WRITER_SILENCE_SECS_MAX = 30.0
 
 log = structlog.get_logger("app")
-
-
-class ClusterSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of the cluster."""
-
-    name: Annotated[
-        str,
-        setting(
-            "Name of the (EKS) cluster the alerts come from: part of every event and finding Id.",
-            pattern=r"^([0-9A-Za-z][A-Za-z0-9_-]{0,99})?\Z",
-        ),
-    ] = ""
-    arn: Annotated[
-        str,
-        setting(
-            "ARN of the EKS cluster; made of region, account and name where it is empty.",
-            pattern=r"^(arn:[a-z-]+:eks:[a-z0-9-]+:[0-9]{12}:cluster/[0-9A-Za-z][A-Za-z0-9_-]{0,99})?\Z",
-        ),
-    ] = ""
-    account_id: Annotated[
-        str,
-        setting(
-            "Account of the cluster and its instances; the caller's where it is empty.",
-            pattern=r"^([0-9]{12})?\Z",
-        ),
-    ] = ""
-
-
-class ReplicaSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of this replica."""
-
-    name: Annotated[
-        str, setting("Name of this replica, for its log stream; the host name where it is empty.")
-    ] = ""
-
-
-def _sections(title: str, names: Iterable[str], class_of: Callable[[str], Any]) -> Any:
-    """A struct with one section per registered component."""
-    types = [(name, class_of(name).settings_type) for name in names]
-    members = [(name, kind, msgspec.field(default_factory=kind)) for name, kind in types]
-    return msgspec.defstruct(title, members, frozen=True, kw_only=True)
-
-
-_Sinks: Any = _sections("SinksSettings", SINKS, sink_class)
-_Enrichment: Any = _sections("EnrichmentSettings", ENRICHERS, enricher_class)
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole configuration."""
-
-    cluster: ClusterSettings = msgspec.field(default_factory=ClusterSettings)
-    replica: ReplicaSettings = msgspec.field(default_factory=ReplicaSettings)
-    spool: SpoolSettings = msgspec.field(default_factory=SpoolSettings)
-    receiver: ReceiverSettings = msgspec.field(default_factory=ReceiverSettings)
-    admin: AdminSettings = msgspec.field(default_factory=AdminSettings)
-    delivery: DeliverySettings = msgspec.field(default_factory=DeliverySettings)
-    aws: AwsSettings = msgspec.field(default_factory=AwsSettings)
-    log: LogSettings = msgspec.field(default_factory=LogSettings)
-    enrichment: _Enrichment = msgspec.field(default_factory=_Enrichment)
-    sinks: _Sinks = msgspec.field(default_factory=_Sinks)
-
-    def faults(self) -> Iterator[tuple[str, str]]:
-        if not enabled_sinks(self):
-            yield "sinks", f"no sink is enabled (there are: {', '.join(SINKS)})"
-        ports = {self.receiver.port, self.admin.port} - {0}
-        if self.receiver.port == self.admin.port and ports:
-            yield "admin.port", "is the receiver's port too"
-
-
-def enabled_sinks(settings: Settings) -> list[str]:
-    """Names of the sinks that are on, in the order of the registry."""
-    return [name for name in SINKS if getattr(settings.sinks, name).enabled]
-
-
-def load_settings(path: Path | None, environment: Mapping[str, str] | None = None) -> Settings:
-    """Read and check the configuration; raises ``ConfigError`` with every fault."""
-    return load(Settings, path, environment)
 
 
 class Application:

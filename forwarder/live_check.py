@@ -12,11 +12,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from forwarder.alert import encode
-from forwarder.app import Settings, enabled_sinks
 from forwarder.aws import Aws, Client, role_of
 from forwarder.contract import Blocked, DeliveryError, Permanent, Permission
 from forwarder.live_check_step import Step
 from forwarder.live_check_surroundings import surroundings
+from forwarder.settings import Settings, enabled_sinks
 from forwarder.timestamp import iso_milliseconds
 
 TEST_STREAM = "falco-forwarder-check"

@@ -13,7 +13,6 @@ from typing import Any
 
 import msgspec
 
-from forwarder.app import Settings
 from forwarder.aws import Aws
 from forwarder.cluster_identity import ClusterIdentity, Surroundings
 from forwarder.contract import DeliveryError
@@ -26,6 +25,7 @@ from forwarder.kubernetes_members import cluster_of
 from forwarder.kubernetes_mirror import PERMISSIONS
 from forwarder.kubernetes_objects import decode_node
 from forwarder.live_check_step import Step
+from forwarder.settings import Settings
 
 NODES_MAX = 100
 ECS_SECS_MAX = 5.0

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from forwarder.app import Application, Settings, load_settings
+from forwarder.app import Application
 from forwarder.enrichment import ENRICHERS
 from forwarder.metrics import PREFIX
+from forwarder.settings import Settings, load_settings
 from tests.falco import Answer, Falco, get
 
 LOG_GROUP = "/falco/alerts"

@@ -12,9 +12,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forwarder.app import Settings, enabled_sinks, load_settings
 from forwarder.config import FILE_BYTES_MAX, ConfigError, Fault, documented, load, setting
 from forwarder.demo import CONFIGURATION
+from forwarder.settings import Settings, enabled_sinks, load_settings
 from forwarder.sinks.security_hub import RemediationSettings
 
 MINIMAL = """
