@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.fake_kubernetes import api_server, kubeconfig, wait_synced
 from bench.load import Alerts, Result, closed_loop, paced
 from forwarder.record import Record
-from forwarder.spool_store import Batch, Store
+from forwarder.spool_store import Store
+from forwarder.spool_values import Batch
 
 HERE = Path(__file__).parent
 BUILD = HERE.parent / "build"

@@ -23,19 +23,19 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import structlog
 
 from forwarder.metrics import Metrics
 from forwarder.record import UNPARSED, DeadLetter, Record
+from forwarder.spool_queue import Settling, Waiting, take
 from forwarder.spool_settings import SpoolSettings
-from forwarder.spool_store import Batch, Chunk, Store, Written, is_full
+from forwarder.spool_store import Store, is_full
 from forwarder.spool_tail import Tail
+from forwarder.spool_values import Batch, Chunk, IssueChanges, StoredIssues, Written
 from forwarder.spool_writer import Writer
 
 TAIL_BYTES_MAX = 4 << 20
-COMMIT_RECORDS_MAX = 1024
 COMMIT_BYTES_MAX = 1 << 20
 HOUSEKEEPING_SECS = 1.0
 CLOSE_SECS_MAX, FULL_SECS_MIN = 5.0, 3.0
@@ -53,21 +53,6 @@ class SpoolFullError(Exception):
 
 class SpoolFailedError(Exception):
     """The volume does not take writes. Nothing was stored."""
-
-
-class _Waiting(NamedTuple):
-    records: Sequence[Record]
-    dead: Sequence[DeadLetter]
-    size_bytes: int
-    done: asyncio.Future[None]
-
-
-class _Settling(NamedTuple):
-    sink: str
-    offset: int
-    dead: Sequence[DeadLetter]
-    unparsed: int
-    done: asyncio.Future[None]
 
 
 class Spool:
@@ -93,8 +78,8 @@ class Spool:
             unparsed_bytes_max=settings.unparsed_bytes_max,
         )
         self._writer = Writer()
-        self._waiting: list[_Waiting] = []
-        self._settling: list[_Settling] = []
+        self._waiting: list[Waiting] = []
+        self._settling: list[Settling] = []
         self._committing = False
         self._arrivals: list[tuple[int, asyncio.Future[None]]] = []
         self._room: list[asyncio.Future[None]] = []
@@ -112,6 +97,7 @@ class Spool:
         self.oldest: dict[str, float] = {}
         self.dead: dict[str, int] = {}
         self._unparsed: dict[str, int] = {}
+        self.id = ""
         self.failure = ""  # why the volume does not take writes
 
     # ---- life ---------------------------------------------------------------------------------------
@@ -129,6 +115,7 @@ class Spool:
         self.cursors, self.dead, self._unparsed = state.cursors, dict(state.dead), state.unparsed
         self.limit_bytes = self.bytes_max = state.bytes_max
         self._commit_bytes_max = min(COMMIT_BYTES_MAX, max(1, self.bytes_max // 16))
+        self.id = state.id
         self._metrics.spool_corrupt.set(state.quarantined is not None)
         self.publish()
         self._housekeeper = asyncio.create_task(self._housekeep(), name="spool housekeeping")
@@ -169,17 +156,26 @@ class Spool:
         """
         done = self._loop.create_future()
         size = records[0].size_bytes if len(records) == 1 else sum([record.size_bytes for record in records])
-        self._waiting.append(_Waiting(records, dead, size, done))
+        self._waiting.append(Waiting(records, dead, size, done))
         self._waiting_bytes += size
         self._schedule()
         return done
 
     def settle(
-        self, sink: str, offset: int, dead: Sequence[DeadLetter] = (), *, unparsed: int = 0
+        self,
+        sink: str,
+        offset: int | None,
+        dead: Sequence[DeadLetter] = (),
+        *,
+        unparsed: int = 0,
+        issues: IssueChanges | None = None,
     ) -> asyncio.Future[None]:
-        """Move a sink's cursor (over so many unparsable bodies) and write its dead letters, in one transaction."""
+        """Move a sink's cursor (over so many unparsable bodies), write its dead letters and issues, in one transaction.
+
+        Without an offset the cursor stays. Calls are written in their order.
+        """
         done = self._loop.create_future()
-        self._settling.append(_Settling(sink, offset, dead, unparsed, done))
+        self._settling.append(Settling(sink, offset, dead, unparsed, issues, done))
         self._schedule()
         return done
 
@@ -229,6 +225,14 @@ class Spool:
         """Newest dead letters first, numbers below ``before``."""
         return await self._writer.run(lambda: self._store.dead_letters(before, limit))
 
+    async def issues(self) -> StoredIssues:
+        """All issues of aggregation as they were last written."""
+        return await self._writer.run(self._store.issues)
+
+    async def issue_details(self, keys: Sequence[bytes]) -> dict[bytes, Record]:
+        """The latest alerts of these issues."""
+        return await self._writer.run(lambda: self._store.issue_details(keys))
+
     def pending(self, sink: str) -> int:
         """Alerts the sink has not settled."""
         return self.end - self.cursors[sink] - self._unparsed[sink]
@@ -245,14 +249,15 @@ class Spool:
             self._loop.call_soon(self._commit)
 
     def _commit(self) -> None:
-        waiting, self._waiting = self._take()
+        waiting, self._waiting = take(self._waiting, self._commit_bytes_max)
         settling, self._settling = self._settling, []
         records = [record for item in waiting for record in item.records]
         dead = [letter for item in waiting for letter in item.dead]
         dead += [letter for item in settling for letter in item.dead]
-        cursors = {item.sink: item.offset for item in settling}
+        cursors = {item.sink: item.offset for item in settling if item.offset is not None}
+        issues = [item.issues for item in settling if item.issues is not None]
         # While sinks keep up, a block lives for a second: not worth a third of its cost. A backlog is.
-        batch = Batch(records, cursors, dead, compress=self.fill >= FILL_COMPRESS)
+        batch = Batch(records, cursors, dead, compress=self.fill >= FILL_COMPRESS, issues=issues)
         now = self._now()
 
         def job() -> None:
@@ -261,17 +266,8 @@ class Spool:
 
         self._writer.put(job)
 
-    def _take(self) -> tuple[list[_Waiting], list[_Waiting]]:
-        count = size = 0
-        for index, item in enumerate(self._waiting):
-            if index and (count >= COMMIT_RECORDS_MAX or size >= self._commit_bytes_max):
-                return self._waiting[:index], self._waiting[index:]
-            count += len(item.records)
-            size += item.size_bytes
-        return self._waiting, []
-
     def _committed(
-        self, batch: Batch, waiting: list[_Waiting], settling: list[_Settling], written: Written
+        self, batch: Batch, waiting: list[Waiting], settling: list[Settling], written: Written
     ) -> None:
         raw_bytes = sum([item.size_bytes for item in waiting])
         self._waiting_bytes -= raw_bytes
@@ -284,7 +280,8 @@ class Spool:
             self._refused(waiting, written.error)
         if written.settled:
             for settled in settling:
-                self.cursors[settled.sink] = settled.offset
+                if settled.offset is not None:
+                    self.cursors[settled.sink] = settled.offset
                 self._unparsed[settled.sink] -= settled.unparsed
                 self._count_dead(settled.dead)
                 if not settled.done.done():
@@ -320,7 +317,7 @@ class Spool:
                 if not waiter.done():
                     waiter.set_result(None)
 
-    def _refused(self, waiting: list[_Waiting], error: Exception) -> None:
+    def _refused(self, waiting: list[Waiting], error: Exception) -> None:
         self._metrics.spool_errors.inc()
         full = is_full(error)
         if full:

@@ -10,7 +10,9 @@ Layout (``PRAGMA user_version`` = ``SCHEMA_VERSION``):
                 bodies nobody could read.
 ``cursor``      per sink the offset of the first record it has not settled.
 ``dead``        dead letters with their reason.
-``meta``        ``end``: the offset after the last record ever stored, so that an empty spool goes on counting.
+``issue``, ``issue_detail``  what aggregation has counted, see ``spool_issues``; since version 2.
+``meta``        ``end``: the offset after the last record ever stored, so that an empty spool goes on counting;
+                ``spool_id``: random, part of the Ids of findings whose counts are kept here.
 
 Invariants: a block is removed only after every cursor has passed it. Cursors move and dead letters appear in
 one transaction. All access is by one connection in one thread (which also keeps clear of the WAL-reset bug
@@ -29,6 +31,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import sqlite3
 import zlib
 from collections.abc import Iterator
@@ -38,9 +41,12 @@ from typing import IO, Any, NamedTuple
 import msgspec
 import structlog
 
+from forwarder import spool_issues
 from forwarder.record import Record
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+ISSUES_SINCE = 2
+"""The first version with issues and a spool id."""
 DATABASE_NAME = "spool.db"
 LOCK_NAME = "spool.lock"
 PAGE_BYTES = 4096
@@ -70,6 +76,8 @@ INSERT INTO meta VALUES ('end', 0);
 ENDINGS = ("", "-wal", "-shm", "-journal")
 SALVAGE, BROKEN_NAME = ".salvage-", ".broken-"
 """A database set aside is called the first until what it still gives is in the new one, then the second."""
+
+SPOOL_ID, SPOOL_ID_BITS = "spool_id", 48
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Record])
@@ -213,18 +221,36 @@ def _check(connection: sqlite3.Connection) -> None:
             connection.execute("BEGIN IMMEDIATE")
             for statement in _SCHEMA.split(";"):
                 connection.execute(statement)
-            connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-            connection.execute("COMMIT")
+            _add_issues(connection)
+        elif version < ISSUES_SINCE and tables:
+            connection.execute("BEGIN IMMEDIATE")
+            _add_issues(connection)
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(f"quick_check: {verdict}")
         connection.execute("SELECT value FROM meta WHERE key='end'").fetchone()[0]
+        spool_id(connection)
     except TypeError as error:
         connection.close()
         raise sqlite3.DatabaseError("meta is empty") from error
     except (sqlite3.Error, SpoolUnusableError):
         connection.close()
         raise
+
+
+def _add_issues(connection: sqlite3.Connection) -> None:
+    """What version 2 has more than version 1; ends the transaction."""
+    for statement in spool_issues.SCHEMA.split(";"):
+        connection.execute(statement)
+    connection.execute("INSERT INTO meta VALUES (?,?)", (SPOOL_ID, secrets.randbits(SPOOL_ID_BITS)))
+    connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+    connection.execute("COMMIT")
+
+
+def spool_id(connection: sqlite3.Connection) -> str:
+    """Twelve hex digits, the same as long as the database lives."""
+    (value,) = connection.execute("SELECT value FROM meta WHERE key=?", (SPOOL_ID,)).fetchone()
+    return f"{value:0{SPOOL_ID_BITS // 4}x}"
 
 
 def _unfinished(path: Path) -> list[Path]:
@@ -266,11 +292,11 @@ def _salvage(broken: Path, connection: sqlite3.Connection) -> None:
         return
     connection.execute("BEGIN IMMEDIATE")
     with contextlib.closing(source):
-        for table in ("cursor", "dead", "meta"):
-            with contextlib.suppress(sqlite3.Error):
-                for row in source.execute(f"SELECT * FROM {table}"):  # noqa: S608 - fixed names
-                    marks = ",".join("?" * len(row))
-                    connection.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", row)  # noqa: S608
+        (fresh_id,) = connection.execute("SELECT value FROM meta WHERE key=?", (SPOOL_ID,)).fetchone()
+        whole = {table: _copy(table, source, connection) for table in _SALVAGED}
+        if not whole["issue"]:
+            # Counts may be lost: no finding may go on under an Id whose count would fall.
+            connection.execute("UPDATE meta SET value=? WHERE key=?", (fresh_id, SPOOL_ID))
         blocks = 0
         for row in _readable(source):
             blocks += 1
@@ -283,6 +309,20 @@ def _salvage(broken: Path, connection: sqlite3.Connection) -> None:
     )
     connection.execute("COMMIT")
     log.warning("read what could be read of the broken spool", blocks=blocks, path=str(broken))
+
+
+_SALVAGED = ("cursor", "dead", "meta", "issue", "issue_detail")
+
+
+def _copy(table: str, source: sqlite3.Connection, connection: sqlite3.Connection) -> bool:
+    """What can be read of a table; whether that was all of it."""
+    try:
+        for row in source.execute(f"SELECT * FROM {table}"):  # noqa: S608 - fixed names
+            marks = ",".join("?" * len(row))
+            connection.execute(f"INSERT OR REPLACE INTO {table} VALUES ({marks})", row)  # noqa: S608
+    except sqlite3.Error:
+        return False
+    return True
 
 
 def _readable(source: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:

@@ -14,13 +14,12 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import structlog
 
-from forwarder import spool_dead
+from forwarder import spool_dead, spool_issues
 from forwarder.record import UNPARSED, DeadLetter, Record
 from forwarder.spool_ballast import Ballast, fitting_bytes
 from forwarder.spool_schema import (
@@ -32,69 +31,13 @@ from forwarder.spool_schema import (
     encode_block,
     lock,
     open_database,
+    spool_id,
 )
+from forwarder.spool_values import Batch, Chunk, Housekeeping, State, StoredIssues, Written
 
 BLOCKS_PER_DELETE_MAX = 4096
 
 log = structlog.get_logger("spool")
-
-
-class Batch(NamedTuple):
-    """What one transaction carries."""
-
-    records: list[Record]
-    cursors: dict[str, int]
-    dead: list[DeadLetter]
-    compress: bool = True
-
-
-class Written(NamedTuple):
-    """What a transaction did. ``error`` is set where the records (not the cursors) did not make it."""
-
-    first: int
-    stored_bytes: int
-    sync_secs: float
-    error: Exception | None
-    settled: bool
-    """Cursors and dead letters are on disk."""
-
-
-class Chunk(NamedTuple):
-    """Records ``[start, end)`` as read back. ``broken`` of them, alone in their chunk, are unreadable."""
-
-    start: int
-    end: int
-    records: list[Record]
-    broken: int
-    unparsed: int = 0
-    """Of the broken ones, bodies nobody could read."""
-
-
-class Housekeeping(NamedTuple):
-    """What a round of removal found and freed."""
-
-    freed_bytes: int
-    freed_records: int
-    oldest: dict[str, float]
-    """Creation time of the first unsettled block, per sink; absent when nothing waits."""
-    ballast: bool
-    dead_removed: int
-    dead: dict[str, int]
-    """Dead letters by sink, where some were removed."""
-
-
-class State(NamedTuple):
-    """What is on disk at start, and the quota that fits the volume."""
-
-    bytes_max: int
-    end: int
-    used_bytes: int
-    records: int
-    cursors: dict[str, int]
-    dead: dict[str, int]
-    unparsed: dict[str, int]
-    """Unparsable bodies among what waits, per sink."""
-    quarantined: Path | None
 
 
 class Store:
@@ -162,6 +105,7 @@ class Store:
             dead=self.count_dead(),
             unparsed={sink: self._unparsed_from(offset) for sink, offset in cursors.items()},
             quarantined=opened.quarantined,
+            id=spool_id(self._db),
         )
 
     def _adopt(self, wanted: set[str], *, salvaged: bool) -> None:
@@ -214,7 +158,7 @@ class Store:
             if is_full(error):
                 self._ballast.give_up()
             settled = True
-            if batch.cursors or batch.dead:
+            if batch.cursors or batch.dead or batch.issues:
                 settled = self._settle_alone(batch, now)
             return Written(first, 0, 0.0, error, settled)
         self._end = first + len(batch.records)
@@ -303,6 +247,14 @@ class Store:
         """Dead letters by sink."""
         return spool_dead.count(self._db)
 
+    def issues(self) -> StoredIssues:
+        """All there are."""
+        return spool_issues.load(self._db)
+
+    def issue_details(self, keys: Sequence[bytes]) -> dict[bytes, Record]:
+        """The latest alerts of these issues, as far as they can be read."""
+        return spool_issues.details(self._db, keys)
+
     def probe(self) -> None:
         """Write something small and durable, to learn whether the volume is well again."""
         self._db.execute("UPDATE meta SET value=? WHERE key='end'", (self._end,))
@@ -313,7 +265,7 @@ class Store:
         block = encode_block(batch.records, compress=batch.compress) if batch.records else None
         if self._db.in_transaction:  # left by a fault: nothing may be acknowledged inside it
             execute("ROLLBACK")
-        alone = block is not None and not batch.cursors and not batch.dead
+        alone = block is not None and not batch.cursors and not batch.dead and not batch.issues
         if not alone:  # a single statement is a transaction by itself
             execute("BEGIN IMMEDIATE")
         started = time.perf_counter()
@@ -336,6 +288,8 @@ class Store:
         for sink, offset in batch.cursors.items():
             execute("UPDATE cursor SET next=? WHERE sink=?", (offset, sink))
         size += spool_dead.add(self._db, batch.dead)
+        for changes in batch.issues:
+            spool_issues.write(self._db, changes)
         if not alone:
             started = time.perf_counter()
             execute("COMMIT")
@@ -345,7 +299,7 @@ class Store:
         """Cursors go on where records found no room. Bodies of the receiver's dead letters were not acked."""
         try:
             ours = [letter for letter in batch.dead if letter.sink != spool_dead.RECEIVER]
-            self._transaction(Batch([], batch.cursors, ours), now)
+            self._transaction(Batch([], batch.cursors, ours, issues=batch.issues), now)
         except Exception:  # noqa: BLE001 - whatever it is, the writer goes on and tries again
             self._rollback()
             return False

@@ -21,7 +21,7 @@ from forwarder.spool import (
 )
 from forwarder.spool_schema import SpoolUnusableError
 from forwarder.spool_settings import SpoolSettings
-from forwarder.spool_store import Batch, Written
+from forwarder.spool_values import Batch, Written
 from tests.test_spool_store import flip_block, record
 
 SINKS = ("cloudwatch_logs", "security_hub")

@@ -12,7 +12,8 @@ import pytest
 
 from forwarder.record import Record
 from forwarder.spool_schema import DATABASE_NAME
-from forwarder.spool_store import Batch, Store
+from forwarder.spool_store import Store
+from forwarder.spool_values import Batch
 
 NOW = 1_800_000_000.0
 SINKS = {"logs", "hub"}

@@ -24,7 +24,8 @@ from forwarder.spool_schema import (
     decode_block,
     encode_block,
 )
-from forwarder.spool_store import Batch, Store
+from forwarder.spool_store import Store
+from forwarder.spool_values import Batch
 
 SINKS = ("logs", "hub")
 NOW = 1_800_000_000.0
