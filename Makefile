@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test fmt lint types cov check docs docs-check bench bench-enrichment crash-test cluster-tools test-cluster lock clean
+.PHONY: setup demo test fmt lint types cov check docs docs-check bench bench-enrichment crash-test cluster-tools test-cluster test-promql lock clean
 
 setup: $(STAMP)
 
@@ -84,6 +84,12 @@ endef
 
 test-cluster: setup cluster-tools
 	$(BIN)/pytest -m cluster --timeout 600 -v $(ARGS)
+
+# The PromQL of docs/sensors.md: rules and their unit tests, run by Prometheus' own tool.
+test-promql:
+	@command -v promtool > /dev/null || { echo 'make: this is run by promtool, and there is none in PATH: install Prometheus (Debian: apt-get install prometheus)' >&2; exit 1; }
+	promtool check rules tests/promql/sensors_rules.yaml
+	promtool test rules tests/promql/sensors.yaml
 
 lock: setup
 	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header requirements/runtime.in -o requirements/runtime.txt

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from forwarder.config import documented
 from forwarder.metrics import Metrics
+from forwarder.sensors_metrics import FAMILIES
 from forwarder.settings import Settings
 from forwarder.sinks import SINKS
 
@@ -34,7 +35,7 @@ def configuration() -> str:
     ]
     section = ""
     for leaf in documented(Settings):
-        head = leaf.key.rpartition(".")[0]
+        head = leaf.key.rpartition(".")[0] or leaf.key
         if head != section:
             section = head
             lines += [
@@ -64,7 +65,8 @@ def metrics() -> str:
         NOTE,
         "",
         "`GET /metrics` on the admin port, Prometheus or OpenMetrics. Every series exists from the first scrape; no label",
-        "takes a value from an alert, except the eight priorities. At rest, over a process's life:",
+        "takes a value from an alert, except the eight priorities. Only the series of single sensors come and go with the",
+        "nodes of the cluster ([sensors.md](sensors.md)). At rest, over a process's life:",
         "",
         "    received = stored + duplicate + unparsed + discarded",
         "    recovered + stored = filtered + delivered + dead-lettered + pending      (for each sink)",
@@ -83,6 +85,8 @@ def _metric_rows() -> Iterator[str]:
         total = "_total" if family.type == "counter" else ""
         labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
         yield f"| `{family.name}{total}` | {family.type} | {', '.join(labels) or '-'} | {family.documentation} |"
+    for sensors in FAMILIES:
+        yield f"| `{sensors.name}` | {sensors.type} | {', '.join(sensors.labels) or '-'} | {sensors.text} |"
 
 
 def main() -> int:

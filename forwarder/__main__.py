@@ -8,11 +8,15 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from forwarder import __version__
+
+if TYPE_CHECKING:
+    from forwarder.settings import Settings
 
 T = TypeVar("T")
 
@@ -31,8 +35,14 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--config", type=Path, metavar="FILE", help="configuration (YAML)")
     check = commands.add_parser("check", help="list every fault of the configuration")
     check.add_argument("--config", type=Path, metavar="FILE", help="configuration (YAML)")
-    check.add_argument(
+    further = check.add_mutually_exclusive_group()
+    further.add_argument(
         "--live", action="store_true", help="also try AWS, the Kubernetes API and instance metadata"
+    )
+    further.add_argument(
+        "--explain",
+        metavar="ALERT",
+        help="which rule the alerts of this file meet (JSON, NDJSON or an array; - for standard input), and where they go",
     )
     replay = commands.add_parser("replay", help="post stored Falco alerts (NDJSON) to a receiver")
     replay.add_argument("file", metavar="FILE", help="NDJSON file, or - for standard input")
@@ -53,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "run":
         return _run(options.config)
     if options.command == "check":
-        return _check(options.config, live=options.live)
+        return _check(options.config, live=options.live, explained=options.explain)
     if options.command == "replay":
         return _replay(options.file, options.url, max(1, min(options.senders, 64)))
     return _demo(keep=options.keep)
@@ -74,7 +84,7 @@ def _run(config: Path | None) -> int:
 
     async def serve() -> None:
         stop = asyncio.Event()
-        application = Application(settings)
+        application = Application(settings, config=config)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
@@ -88,7 +98,7 @@ def _run(config: Path | None) -> int:
     return EXIT_OK
 
 
-def _check(config: Path | None, *, live: bool) -> int:
+def _check(config: Path | None, *, live: bool, explained: str | None) -> int:
     from forwarder.config import ConfigError  # noqa: PLC0415
     from forwarder.settings import load_settings  # noqa: PLC0415
 
@@ -97,6 +107,8 @@ def _check(config: Path | None, *, live: bool) -> int:
     except ConfigError as error:
         return _report(error)
     print("configuration ok")
+    if explained is not None:
+        return _explain(settings, explained)
     if not live:
         return EXIT_OK
     from forwarder.live_check import live_check, table  # noqa: PLC0415
@@ -104,6 +116,22 @@ def _check(config: Path | None, *, live: bool) -> int:
     steps = asyncio.run(live_check(settings))
     print(table(steps))
     return EXIT_OK if all(step.ok for step in steps) else EXIT_FAILED
+
+
+def _explain(settings: Settings, file: str) -> int:
+    from forwarder.alert import Unparsable  # noqa: PLC0415
+    from forwarder.explain import explain  # noqa: PLC0415
+
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        print(explain(settings, data, time.time()))
+    except OSError as error:
+        print(f"falco-forwarder: {file} cannot be read: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
+    except Unparsable as error:
+        print(f"falco-forwarder: {file} has no alert that can be explained: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_OK
 
 
 def _with_region(load: Callable[[], T]) -> T:

@@ -5,6 +5,7 @@
                    take all replicas out of the Service, which would lose alerts for real.
 ``/metrics``       Prometheus.
 ``/status``        JSON: the spool and every sink.
+``/sensors``       JSON: which nodes' Falco this replica heard, and when; the other replicas ask it.
 ``/dead-letters``  JSON list, newest first; ``?limit=`` (1000 at most) and ``?before=`` (a ``number``) page on.
 """
 
@@ -51,6 +52,9 @@ class Inside(Protocol):
     def status(self) -> dict[str, Any]:
         """The body of ``/status``."""
 
+    def sensors_heard(self) -> dict[str, Any]:
+        """The body of ``/sensors``."""
+
     def publish(self) -> None:
         """Bring gauges up to date."""
 
@@ -74,6 +78,7 @@ class Admin:
             ("/readyz", self._readyz),
             ("/metrics", self._metrics),
             ("/status", self._status),
+            ("/sensors", self._sensors),
             ("/dead-letters", self._dead_letters),
         ):
             application.router.add_get(path, _answering(answer))
@@ -101,6 +106,9 @@ class Admin:
 
     async def _status(self, _: web.Request) -> web.Response:
         return _json(self._inside.status())
+
+    async def _sensors(self, _: web.Request) -> web.Response:
+        return _json(self._inside.sensors_heard())
 
     async def _dead_letters(self, request: web.Request) -> web.Response:
         try:

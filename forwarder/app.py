@@ -17,7 +17,8 @@ import random
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -25,8 +26,9 @@ import structlog
 from forwarder.admin import Admin
 from forwarder.aws import Aws
 from forwarder.cluster_identity import ClusterIdentity, Surroundings
-from forwarder.contract import Sink
+from forwarder.contract import Service
 from forwarder.delivery import Worker
+from forwarder.delivery_findings import FindingsWorker
 from forwarder.enricher import Enricher, Enrichment
 from forwarder.enrichment import ENRICHERS, enricher_class
 from forwarder.enrichment.kubernetes import Kubernetes
@@ -34,7 +36,13 @@ from forwarder.ingest import Ingest
 from forwarder.metrics import Metrics
 from forwarder.receiver import Receiver
 from forwarder.record import DeadLetter
-from forwarder.settings import Settings, enabled_sinks
+from forwarder.rules import RuleBook
+from forwarder.rules_reload import RulesReload
+from forwarder.sensors import Sensors
+from forwarder.sensors_metrics import SensorsCollector
+from forwarder.sensors_peers import Peers
+from forwarder.sensors_watch import Watch
+from forwarder.settings import Settings, enabled_sinks, load_settings
 from forwarder.sinks import sink_class
 from forwarder.spool import Spool
 
@@ -55,14 +63,16 @@ class Application:
         self,
         settings: Settings,
         *,
+        config: Path | None = None,
         now: Callable[[], float] = time.time,
         now_ns: Callable[[], int] = time.time_ns,
         monotonic: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
         validate: bool = False,
     ) -> None:
-        """``validate`` turns the SDK's own parameter check on (tests)."""
+        """``config`` is the file whose rules are reloaded; ``validate`` turns the SDK's own parameter check on (tests)."""
         self.settings = settings
+        self._config = config
         self._now = now
         self._stack = contextlib.AsyncExitStack()
         self._rng = rng or random.Random()  # noqa: S311 - jitter
@@ -87,18 +97,11 @@ class Application:
             failed=self.metrics.enrichment["failed"].inc,
             completed=self.metrics.enrichment_completed.inc,
         )
-        self.workers = [
-            Worker(
-                sink,
-                spool=self.spool,
-                settings=settings.delivery,
-                metrics=self.metrics,
-                now=now,
-                rng=self._rng,
-                complete=self.enrichment.again,
-            )
-            for sink in self.sinks
-        ]
+        self.rules = RuleBook(settings.rules, now=now, cluster=settings.cluster.name)
+        self.workers = [self._worker(sink) for sink in self.sinks]
+        kubernetes = self._kubernetes()
+        self.sensors = Sensors(settings.sensors, nodes=kubernetes, now=now, monotonic=monotonic)
+        self.metrics.registry.register(SensorsCollector(self.sensors))
         self._now_ns = now_ns
         self.admin = Admin(settings.admin, self)
 
@@ -118,6 +121,9 @@ class Application:
                 stack.push_async_callback(enricher.stop)
             await self.identity.start()
             stack.push_async_callback(self.identity.stop)
+            for worker in self.workers:
+                if isinstance(worker, FindingsWorker):
+                    await worker.load()
             tasks = [
                 asyncio.create_task(self._guard(worker), name=f"delivery {worker.name}")
                 for worker in self.workers
@@ -130,9 +136,10 @@ class Application:
                 now_ns=self._now_ns,
                 now_monotonic=loop.time,
                 enrichment=self.enrichment if self.enrichers else None,
+                saw=self.sensors.saw,
             )
-            lag = asyncio.create_task(self._watch_lag(), name="loop lag")
-            stack.callback(lag.cancel)
+            for name, work in self._side_tasks():
+                stack.callback(asyncio.create_task(work, name=name).cancel)
             self.receiver = Receiver(
                 self.settings.receiver,
                 ingest=self.ingest,
@@ -217,6 +224,8 @@ class Application:
                 "source": self.identity.source or None,
                 "asked": self.identity.steps,
             },
+            "rules": self.rules.status(),
+            "sensors": self.sensors.status(),
             "enrichment": {enricher.name: enricher.status() for enricher in self.enrichers},
         }
 
@@ -228,8 +237,15 @@ class Application:
             worker.publish()
         for enricher in self.enrichers:
             enricher.publish()
+        self.sensors.publish()
+        status = self.rules.status()
+        self.metrics.rules.set(len(status["rules"]))
+        self.metrics.silences.set(sum(silence["state"] == "active" for silence in status["silences"]))
         self.metrics.ready.set(not self.ready())
         self.metrics.loop_lag.set(max((lag for _, lag in self._lags), default=0.0))
+
+    def sensors_heard(self) -> dict[str, Any]:
+        return self.sensors.heard()
 
     async def dead_letters(self, before: int, limit: int) -> list[tuple[int, DeadLetter]]:
         return await self.spool.dead_letters(before, limit)
@@ -249,7 +265,46 @@ class Application:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _guard(self, worker: Worker) -> None:
+    def _worker(self, sink: Any) -> Worker | FindingsWorker:
+        kind = FindingsWorker if hasattr(sink, "aggregation") else Worker
+        return kind(
+            sink,
+            spool=self.spool,
+            settings=self.settings.delivery,
+            metrics=self.metrics,
+            now=self._now,
+            rng=self._rng,
+            complete=self.enrichment.again,
+            rules=self.rules,
+        )
+
+    def _side_tasks(self) -> list[tuple[str, Coroutine[Any, Any, None]]]:
+        """What runs beside the way of the alerts, and is simply cancelled at the end."""
+        tasks = [("loop lag", self._watch_lag())]
+        if self._config is not None:
+            reload = RulesReload(
+                self._config, self.rules, self.settings, load=load_settings, reloaded=self._reloaded
+            )
+            tasks.append(("rules", reload.run()))
+        findings = next((worker for worker in self.workers if isinstance(worker, FindingsWorker)), None)
+        if findings is not None:  # also where it is off: what is still reported gets archived
+            peers = self.settings.sensors.peers
+            watch = Watch(
+                self.settings.sensors,
+                self.sensors,
+                ask=Peers(peers).ask if peers else None,
+                reported=findings.told,
+                tell=findings.tell,
+                now=self._now,
+            )
+            tasks.append(("sensors", watch.run()))
+        return tasks
+
+    def _reloaded(self, ok: bool) -> None:
+        self.metrics.rules_reloads["ok" if ok else "failed"].inc()
+        self.metrics.rules_reload_ok.set(ok)
+
+    async def _guard(self, worker: Worker | FindingsWorker) -> None:
         """A worker never ends by itself while we run: a fault of ours is logged, and it starts again."""
         while True:
             try:
@@ -271,18 +326,22 @@ class Application:
             self.ingest.publish()
             for enricher in self.enrichers:
                 enricher.publish()
+            self.sensors.publish()
 
     def _surroundings(self) -> Surroundings:
         """What the cluster's name may be learned from."""
-        for enricher in self.enrichers:
-            if isinstance(enricher, Kubernetes):
-                return Surroundings(
-                    nodes_say=enricher.cluster,
-                    an_instance=enricher.an_instance,
-                    region=enricher.region,
-                    api=lambda found=enricher: found.api,  # type: ignore[misc]
-                )
-        return Surroundings()
+        found = self._kubernetes()
+        if found is None:
+            return Surroundings()
+        return Surroundings(
+            nodes_say=found.cluster,
+            an_instance=found.an_instance,
+            region=found.region,
+            api=lambda: found.api,
+        )
+
+    def _kubernetes(self) -> Kubernetes | None:
+        return next((item for item in self.enrichers if isinstance(item, Kubernetes)), None)
 
     def _enricher(self, name: str, monotonic: Callable[[], float]) -> Enricher:
         enricher: Enricher = enricher_class(name)(
@@ -293,6 +352,7 @@ class Application:
             rng=self._rng,
             aws=self.aws,
             environment=os.environ,
+            sensor_labels=self.settings.sensors.node_selector,
         )
         return enricher
 
@@ -300,7 +360,7 @@ class Application:
 def build_sink(name: str, settings: Settings, aws: Aws, now: Callable[[], float]) -> Any:
     """A sink from its own section, with what all of them may ask for."""
     logs = settings.sinks.cloudwatch_logs
-    sink: Sink = sink_class(name)(
+    sink: Service = sink_class(name)(
         getattr(settings.sinks, name),
         aws=aws,
         cluster=settings.cluster.name,

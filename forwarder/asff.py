@@ -1,7 +1,7 @@
 """Mapping of an alert to an AWS Security Hub finding (ASFF). Pure.
 
-Invariants: the same record always gives the same bytes, ``UpdatedAt`` included, so that a retry or a delivery
-after a crash is a no-op at the service (an equal ``UpdatedAt`` is ignored). Nothing is invented: what Falco
+Invariants: the same record and occurrences always give the same bytes; ``UpdatedAt`` is decided by whoever counts, before
+anything is sent (an equal or older one is ignored by the service). Nothing is invented: what Falco
 did not say is absent. Everything is cut to its limit at a character, with an ellipsis; the whole alert is in
 the CloudWatch event that ``falco/log_group``, ``falco/log_stream`` and ``falco/id`` name. What leaves here has
 passed ``asff_schema``.
@@ -20,7 +20,7 @@ from typing import Any, Literal
 from forwarder.alert import encode as json_encode
 from forwarder.alert import present
 from forwarder.alert_fields import read
-from forwarder.asff_context import Context, check, cut
+from forwarder.asff_context import Advice, Context, Occurrences, check, cut
 from forwarder.asff_resources import CONTAINER_NAMES, ContainerFields, cluster_of
 from forwarder.asff_resources import resources as asff_resources
 from forwarder.asff_schema import (
@@ -63,6 +63,7 @@ SEVERITIES: dict[SeverityPreset, tuple[str, ...]] = {
 
 PARTS_MAX, KEY_LENGTH_MAX = 2048, 2048
 JOINT_BYTES = 32
+NANOSECONDS = 1_000_000
 SHORTER_VALUES = (1024, 512, 256)
 """Tried in turn where escapes and wide characters make a finding larger than the service takes."""
 
@@ -70,8 +71,22 @@ _DIRECTIONS = {"connect": "OUT", "sendto": "OUT", "sendmsg": "OUT", "accept": "I
 _CONNECTION = re.compile(r"([\d.]{7,15}):(\d{1,5})->([\d.]{7,15}):(\d{1,5})\Z", re.ASCII)
 
 
-def encode(record: Record, context: Context) -> bytes:
-    """The finding of a record, as JSON, checked.
+def of_one_alert(record: Record, context: Context) -> Occurrences:
+    """Of an alert that has a finding of its own: delivered again, it changes nothing."""
+    received_ms = record.received_ns // NANOSECONDS
+    return Occurrences(
+        record.id,
+        record.time_ns,
+        record.time_ns,
+        received_ms,
+        received_ms,
+        context.severities[record.priority],
+        "",
+    )
+
+
+def encode(record: Record, context: Context, seen: Occurrences | None = None) -> bytes:
+    """The finding of a record and of what was counted with it, as JSON, checked.
 
     Made of three parts: what all alerts of a rule have alike and the resources are remembered in their encoded and
     checked form; the rest is new each time.
@@ -80,6 +95,7 @@ def encode(record: Record, context: Context) -> bytes:
         UnmappableError: it would not be accepted.
 
     """
+    seen = seen or of_one_alert(record, context)
     alert = read(record.body)
     fields = _fields(alert.output_fields)
     rule = present(alert.rule)
@@ -91,15 +107,18 @@ def encode(record: Record, context: Context) -> bytes:
     container = ContainerFields(*[fields.get(name, "") for name in CONTAINER_NAMES])
     alike_key = (
         context,
-        rule,
-        rule or output,
-        priority,
-        record.priority,
+        (rule, seen.title or rule or output),
+        (seen.severity, seen.priority or priority, "ARCHIVED" if seen.archived else "ACTIVE"),
+        seen.types,
+        seen.remediation,
         tags,
         source,
         bool(container.identity),
     )
-    usual = len(rule or output) + len(priority) + len(source) + sum(map(len, tags)) <= KEY_LENGTH_MAX
+    usual = (
+        len(rule or output) + len(priority) + sum(map(len, seen.types)) + len(source) + sum(map(len, tags))
+        <= KEY_LENGTH_MAX
+    )
     alike = _remembered_alike(*alike_key) if usual else _alike(*alike_key)
     enrichment = record.enrichment
     usual = len(hostname) + len(source) + sum(map(len, container)) + len(enrichment) // 2 <= KEY_LENGTH_MAX
@@ -113,7 +132,9 @@ def encode(record: Record, context: Context) -> bytes:
         "falco/hostname": hostname,
         "falco/tags": ",".join(tags),
     }
-    varying = _varying(record, context, output or rule, fields)
+    own |= _counts(seen)
+    varying = _varying(seen, output or rule, fields)
+    varying["Id"] = finding_id(record, context, seen)
     room = FINDING_BYTES_MAX - len(alike) - len(resources) - JOINT_BYTES
     rest = _with_product_fields(varying, _product_fields(record, context, fields, own, PRODUCT_VALUE_MAX))
     for value_max in SHORTER_VALUES:
@@ -132,15 +153,20 @@ def _with_product_fields(varying: dict[str, Any], product: dict[str, str]) -> by
 
 def _alike(
     context: Context,
-    rule: str,
-    title: str,
-    priority: str,
-    rank: int,
+    names: tuple[str, str],
+    state: tuple[str, str, str],
+    types: tuple[str, ...],
+    remediation: Advice | None,
     tags: tuple[str, ...],
     source: str,
     in_container: bool,
 ) -> bytes:
-    """Members that all alerts of a rule share, encoded and checked."""
+    """Members that all alerts of a rule share, encoded and checked.
+
+    ``names`` are rule and title, ``state`` severity, priority and record state.
+    """
+    rule, title = names
+    severity, priority, record_state = state
     members: dict[str, Any] = {
         "SchemaVersion": "2018-10-08",
         "ProductArn": context.product_arn,
@@ -150,12 +176,12 @@ def _alike(
         "AwsAccountId": context.account,
         "Title": cut(title, 256),
         "FindingProviderFields": {
-            "Severity": {"Label": context.severities[rank], "Original": cut(priority or "unknown", 64)},
-            "Types": finding_types(tags, source, in_container=in_container),
+            "Severity": {"Label": severity, "Original": cut(priority or "unknown", 64)},
+            "Types": list(types) or finding_types(tags, source, in_container=in_container),
         },
-        "RecordState": "ACTIVE",
+        "RecordState": record_state,
     }
-    advice = context.remediation.get(rule)
+    advice = remediation or context.remediation.get(rule)
     if advice is not None:
         recommendation = {"Text": advice.text and cut(advice.text, 512), "Url": advice.url}
         members["Remediation"] = {"Recommendation": {k: v for k, v in recommendation.items() if v}}
@@ -164,16 +190,13 @@ def _alike(
     return encoded
 
 
-def _varying(record: Record, context: Context, description: str, fields: Mapping[str, str]) -> dict[str, Any]:
-    """Members that differ from alert to alert, but for the product fields."""
-    seen = iso_milliseconds(record.time_ns)
-    taken = iso_milliseconds(record.received_ns)
+def _varying(seen: Occurrences, description: str, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Members that differ from alert to alert, but for the Id and the product fields."""
     varying: dict[str, Any] = {
-        "Id": finding_id(record, context),
-        "CreatedAt": taken,
-        "UpdatedAt": taken,
-        "FirstObservedAt": seen,
-        "LastObservedAt": seen,
+        "CreatedAt": iso_milliseconds(seen.created_ms * NANOSECONDS),
+        "UpdatedAt": iso_milliseconds(seen.updated_ms * NANOSECONDS),
+        "FirstObservedAt": iso_milliseconds(seen.first_ns),
+        "LastObservedAt": iso_milliseconds(seen.last_ns),
         "Description": cut(description, 1024),
     }
     process = _process(fields)
@@ -185,10 +208,21 @@ def _varying(record: Record, context: Context, description: str, fields: Mapping
     return varying
 
 
-def finding_id(record: Record, context: Context) -> str:
-    """``falco/{region}/{account}/{cluster}/{alert id}``: the same alert always has the same finding."""
+def finding_id(record: Record, context: Context, seen: Occurrences) -> str:
+    """``falco/{region}/{account}/{cluster}/`` and what identifies the issue, or the alert."""
     cluster = cluster_of(context, record.enrichment)
-    return cut(f"falco/{context.region}/{context.account}/{cluster or '-'}/{record.id}", 512)
+    return cut(f"falco/{context.region}/{context.account}/{cluster or '-'}/{seen.identity}", 512)
+
+
+def _counts(seen: Occurrences) -> dict[str, str]:
+    """Product fields of an issue."""
+    if not seen.alerts:
+        return {}
+    return {
+        "falco/count": str(seen.alerts),
+        "falco/alert_ids": ",".join(seen.alert_ids),
+        "falco/pods": ",".join(seen.pods),
+    }
 
 
 def _fields(members: dict[str, Any] | None) -> dict[str, str]:

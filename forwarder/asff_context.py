@@ -42,6 +42,32 @@ class Context(NamedTuple):
         return f"arn:{self.partition}:securityhub:{self.region}:{self.account}:product/{self.account}/default"
 
 
+class Occurrences(NamedTuple):
+    """What aggregation and the rules of the house know beyond the latest alert."""
+
+    identity: str
+    """End of the finding's Id, after the cluster."""
+    first_ns: int
+    last_ns: int
+    created_ms: int
+    updated_ms: int
+    severity: str
+    """Label."""
+    priority: str
+    """Falco's highest so far, as sent."""
+    alerts: int = 0
+    """0: this finding is of one alert, and says nothing of counts."""
+    alert_ids: tuple[str, ...] = ()
+    pods: tuple[str, ...] = ()
+    archived: bool = False
+    title: str = ""
+    """Instead of the rule."""
+    types: tuple[str, ...] = ()
+    """Instead of those that follow from tags and source."""
+    remediation: Advice | None = None
+    """Instead of the configured one of the rule."""
+
+
 class UnmappableError(Exception):
     """The finding breaks a rule of the format in spite of all cutting; the message names it."""
 

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
+from forwarder.asff_context import Occurrences
 from forwarder.batch import Item, Limits
+from forwarder.issues_settings import AggregationSettings
 from forwarder.pace import Pace
 from forwarder.record import Record
 
@@ -78,8 +80,8 @@ class Reject(Exception):  # noqa: N818
         self.again = again
 
 
-class Sink(Protocol):
-    """An AWS destination: limits as data, a pure encoding, one call. Everything else is the worker's."""
+class Service(Protocol):
+    """An AWS destination: limits as data, one call. Everything else is the worker's."""
 
     name: str
     limits: Limits
@@ -92,8 +94,24 @@ class Sink(Protocol):
     async def open(self) -> None:
         """Get ready to encode and deliver; raises ``DeliveryError``."""
 
+    async def deliver(self, items: Sequence[Item]) -> dict[int, Reject]:
+        """One call. Refused records by position in ``items``; raises ``DeliveryError``."""
+
+
+class Sink(Service, Protocol):
+    """Takes every record, in order, by a pure encoding."""
+
     def encode(self, record: Record, index: int) -> Item:
         """One record as part of a call; raises ``Reject``."""
 
-    async def deliver(self, items: Sequence[Item]) -> dict[int, Reject]:
-        """One call. Refused records by position in ``items``; raises ``DeliveryError``."""
+
+class FindingSink(Service, Protocol):
+    """Takes findings: one for each issue, told again while its count moves."""
+
+    aggregation: AggregationSettings
+    aging_secs: float
+    severities: tuple[str, ...]
+    """Label by syslog rank."""
+
+    def encode(self, record: Record, index: int, seen: Occurrences | None = None) -> Item:
+        """One finding as part of a call: the latest alert and what was seen with it; raises ``Reject``."""

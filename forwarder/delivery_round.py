@@ -14,14 +14,16 @@ from forwarder.record import UNPARSED, DeadLetter, Record
 
 LIMITED_ATTEMPTS_MAX = 5
 DETAIL_LENGTH_MAX = 1000
-DELIVERED, FILTERED = "delivered", "filtered"
+DELIVERED = "delivered"
+"""An outcome that is no dead letter and not this is the reason why the sink does not take the record."""
 
 
 class Tally(NamedTuple):
     """What a settled prefix adds to the counts."""
 
     delivered: int
-    filtered: int
+    filtered: Counter[str]
+    """By reason."""
     unparsed: int
     """Bodies nobody could read; ``forwarded`` of them were accepted."""
     forwarded: int
@@ -46,6 +48,8 @@ class Round:
         self.accepted: dict[int, Item] = {}
         self.suspects: list[tuple[Item, DeliveryError]] = []
         """Refused alone for lack of permission: guilty only if others went through."""
+        self.again: dict[int, Reject] = {}
+        """Refused inside an accepted call, to be tried again."""
         self._attempts: Counter[int] = Counter()
 
     def prefix(self) -> int:
@@ -87,6 +91,7 @@ class Round:
             if reject.again is Again.NEVER or (reject.again is Again.LIMITED and tired):
                 self.bury(item.index, reason=reject.reason, detail=reject.detail, at=at)
             else:
+                self.again[item.index] = reject
                 again.append(item)
         return again
 
@@ -102,7 +107,8 @@ class Round:
 
     def tally(self, count: int) -> Tally:
         """Counts of the first ``count`` records. An unparsable body is no alert."""
-        delivered = filtered = unparsed = forwarded = 0
+        delivered = unparsed = forwarded = 0
+        filtered: Counter[str] = Counter()
         dead: Counter[str] = Counter()
         for index in range(count):
             outcome = self.outcomes[index]
@@ -111,9 +117,10 @@ class Round:
                 forwarded += outcome == DELIVERED
             elif isinstance(outcome, DeadLetter):
                 dead[outcome.reason] += 1
+            elif outcome == DELIVERED:
+                delivered += 1
             else:
-                delivered += outcome == DELIVERED
-                filtered += outcome == FILTERED
+                filtered[outcome] += 1
         sent = [item for index, item in self.accepted.items() if index < count]
         received = [self.records[item.index].received_ns for item in sent]
         return Tally(

@@ -19,6 +19,8 @@ class Status(NamedTuple):
     state: str
     pending: int
     """Everything the sink still has to do, unparsable bodies included: 0 means done."""
+    aggregating: int
+    """Alerts counted in findings that say so at their next update: nothing is wrong with them."""
     recovered: int
     delivered: int
     filtered: int
@@ -36,13 +38,15 @@ class Progress:
         self._metrics = metrics
         self._state = "starting"
         self._recovered = self._delivered = self._filtered = self._dead = self._retries = 0
+        self._is_recovered = False
         self._last_success: float | None = None
         self._last_error: str | None = None
 
-    def status(self, *, pending: int) -> Status:
+    def status(self, *, pending: int, aggregating: int = 0) -> Status:
         return Status(
             state=self._state,
             pending=pending,
+            aggregating=aggregating,
             recovered=self._recovered,
             delivered=self._delivered,
             filtered=self._filtered,
@@ -85,13 +89,21 @@ class Progress:
             self.enter("delivering")
 
     def recover(self, records: int) -> None:
-        """Alerts found waiting at start."""
+        """Alerts found waiting at start; a worker that starts again has found nothing new."""
+        if self._is_recovered:
+            return
+        self._is_recovered = True
         self._recovered = records
         self._metrics.recovered[self._sink].set(records)
 
     def retried(self) -> None:
         self._retries += 1
         self._metrics.retries[self._sink].inc()
+
+    def filter(self, reason: str, count: int) -> None:
+        """Alerts the configuration keeps from this sink."""
+        self._filtered += count
+        self._metrics.filtered[self._sink, reason].inc(count)
 
     def bury(self, reason: str, count: int) -> None:
         self._dead += count
@@ -101,9 +113,9 @@ class Progress:
         """What a settled prefix adds."""
         metrics, sink = self._metrics, self._sink
         self._delivered += tally.delivered
-        self._filtered += tally.filtered
         metrics.delivered[sink].inc(tally.delivered)
-        metrics.filtered[sink].inc(tally.filtered)
+        for reason, number in tally.filtered.items():
+            self.filter(reason, number)
         metrics.unparsed_forwarded[sink].inc(tally.forwarded)
         metrics.sent_bytes[sink].inc(tally.size_bytes)
         metrics.truncated[sink].inc(tally.truncated)

@@ -99,13 +99,16 @@ class Ingest:
         now_ns: Callable[[], int],
         now_monotonic: Callable[[], float],
         enrichment: Enrichment | None = None,
+        saw: Callable[[Alert, str], None] | None = None,
     ) -> None:
+        """``saw`` is told of every alert and its peer: whoever sent it lives."""
         self._spool = spool
         self._metrics = metrics
         self._hold_secs_max = hold_secs_max
         self._now_ns = now_ns
         self._now = now_monotonic
         self._enrichment = enrichment
+        self._saw = saw
         self._seen = Seen(now_monotonic)
         self._flying: dict[bytes, asyncio.Future[None]] = {}
         self._held = 0
@@ -146,6 +149,8 @@ class Ingest:
         if decoded.utf8_replaced:
             self._metrics.utf8_replaced.inc()
         for alert in alerts:
+            if self._saw is not None:
+                self._saw(alert, peer)
             if not alert.priority_known:
                 self._metrics.unknown_priority.inc()
             if alert.text:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
 from forwarder.kubernetes_api import Api
@@ -84,8 +85,10 @@ class Mirror:
         now: Callable[[], float],
         monotonic: Callable[[], float],
         changed: Callable[[], object],
+        sensor_labels: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """``changed`` is called when owners or labels are new, or different now."""
+        self._sensor_labels = sensor_labels
         self._pod_labels = pod_labels
         self._namespace_labels = namespace_labels
         self._monotonic = monotonic
@@ -102,7 +105,7 @@ class Mirror:
         """Begin to list and watch."""
         stores: dict[str, Any] = {
             "pods": _Store(self.pods, lambda data: decode_pod(data, self._pod_labels)),
-            "nodes": _Store(self.nodes, decode_node),
+            "nodes": _Store(self.nodes, lambda data: decode_node(data, self._sensor_labels)),
             "namespaces": _Store(self.namespaces, lambda data: decode_meta(data, self._namespace_labels)),
             "replicasets": _Store(self.replicasets, lambda data: decode_meta(data, NO_LABELS)),
             "jobs": _Store(self.jobs, lambda data: decode_meta(data, NO_LABELS)),

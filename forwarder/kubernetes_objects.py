@@ -10,12 +10,15 @@ Unknown shapes raise ``msgspec.ValidationError``; who asked logs and skips the o
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from sys import intern
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Struct
 
+from forwarder import kubernetes_wire as wire
 from forwarder.timestamp import time_ns
 
 NAME_LENGTH_MAX = 253
@@ -25,6 +28,8 @@ TEXT_LENGTH_MAX = 512
 ID_LENGTH_MAX = 128
 CONTAINERS_MAX = 64
 ADDRESSES_MAX = 32
+SENSOR_FREE = (("eks.amazonaws.com/compute-type", "fargate"), ("kubernetes.io/os", "windows"))
+"""Labels of nodes where Falco cannot run."""
 
 T = TypeVar("T")
 
@@ -105,6 +110,8 @@ class Node(Struct, frozen=True, gc=False):
     """Addresses and host names other than its name."""
     cluster_label: str = ""
     """Cluster in eksctl's label."""
+    wants_sensor: bool = True
+    """Falco should run there: neither Fargate nor Windows, and with the labels of ``sensors.node_selector``."""
 
 
 class Meta(Struct, frozen=True, gc=False):
@@ -143,105 +150,11 @@ class Labels:
 NO_LABELS = Labels([], 0)
 
 
-# ---- the API's JSON, as far as it is looked at ----------------------------------------------------------
+# ---- from the API's JSON -------------------------------------------------------------------------------
 
-
-class _Owner(Struct, frozen=True, gc=False):
-    kind: str = ""
-    name: str = ""
-    uid: str = ""
-    controller: bool | None = None
-
-
-class Metadata(Struct, frozen=True, gc=False, rename="camel"):
-    """``metadata`` of any object."""
-
-    name: str = ""
-    namespace: str = ""
-    uid: str = ""
-    resource_version: str = ""
-    creation_timestamp: str | None = None
-    labels: dict[str, str] | None = None
-    owner_references: list[_Owner] | None = None
-
-
-class _SecurityContext(Struct, frozen=True, gc=False):
-    privileged: bool | None = None
-
-
-class _ContainerSpec(Struct, frozen=True, gc=False, rename="camel"):
-    name: str = ""
-    image: str = ""
-    security_context: _SecurityContext | None = None
-
-
-class _Running(Struct, frozen=True, gc=False, rename="camel"):
-    started_at: str | None = None
-    container_id: str | None = msgspec.field(name="containerID", default=None)
-
-
-class _State(Struct, frozen=True, gc=False):
-    running: _Running | None = None
-    terminated: _Running | None = None
-
-
-class _ContainerStatus(Struct, frozen=True, gc=False, rename="camel"):
-    name: str = ""
-    container_id: str = msgspec.field(name="containerID", default="")
-    image_id: str = msgspec.field(name="imageID", default="")
-    state: _State | None = None
-    last_state: _State | None = None
-
-
-class _PodSpec(Struct, frozen=True, gc=False, rename="camel"):
-    node_name: str = ""
-    service_account_name: str = ""
-    host_network: bool = False
-    containers: list[_ContainerSpec] | None = None
-    init_containers: list[_ContainerSpec] | None = None
-    ephemeral_containers: list[_ContainerSpec] | None = None
-
-
-class _PodStatus(Struct, frozen=True, gc=False, rename="camel"):
-    phase: str = ""
-    pod_ip: str = msgspec.field(name="podIP", default="")
-    container_statuses: list[_ContainerStatus] | None = None
-    init_container_statuses: list[_ContainerStatus] | None = None
-    ephemeral_container_statuses: list[_ContainerStatus] | None = None
-
-
-class _Pod(Struct, frozen=True, gc=False):
-    metadata: Metadata
-    spec: _PodSpec = _PodSpec()
-    status: _PodStatus = _PodStatus()
-
-
-class _NodeSpec(Struct, frozen=True, gc=False):
-    provider_id: str = msgspec.field(name="providerID", default="")
-
-
-class _Address(Struct, frozen=True, gc=False):
-    type: str = ""
-    address: str = ""
-
-
-class _NodeStatus(Struct, frozen=True, gc=False):
-    addresses: list[_Address] | None = None
-
-
-class _Node(Struct, frozen=True, gc=False):
-    metadata: Metadata
-    spec: _NodeSpec = _NodeSpec()
-    status: _NodeStatus = _NodeStatus()
-
-
-class _Object(Struct, frozen=True, gc=False):
-    metadata: Metadata
-
-
-_pod = msgspec.json.Decoder(_Pod)
-_node = msgspec.json.Decoder(_Node)
-_object = msgspec.json.Decoder(_Object)
+_pod = msgspec.json.Decoder(wire.Pod)
+_node = msgspec.json.Decoder(wire.Node)
+_object = msgspec.json.Decoder(wire.Object)
 
 
 def _decoded(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
@@ -253,8 +166,8 @@ def _decoded(decoder: msgspec.json.Decoder[T], data: bytes) -> T:
 
 def decode_pod(data: bytes, labels: Labels) -> tuple[Pod, str]:
     """A pod from its JSON, and its resource version."""
-    wire = _decoded(_pod, data)
-    meta, spec, status = wire.metadata, wire.spec, wire.status
+    sent = _decoded(_pod, data)
+    meta, spec, status = sent.metadata, sent.spec, sent.status
     pod = Pod(
         uid=meta.uid[:ID_LENGTH_MAX],
         namespace=_name(meta.namespace),
@@ -271,16 +184,16 @@ def decode_pod(data: bytes, labels: Labels) -> tuple[Pod, str]:
     return pod, meta.resource_version
 
 
-def decode_node(data: bytes) -> tuple[Node, str]:
-    """A node from its JSON, and its resource version."""
-    wire = _decoded(_node, data)
-    meta = wire.metadata
+def decode_node(data: bytes, sensor_labels: Mapping[str, str] = MappingProxyType({})) -> tuple[Node, str]:
+    """A node from its JSON, and its resource version. ``sensor_labels`` are those of nodes Falco should run on."""
+    sent = _decoded(_node, data)
+    meta = sent.metadata
     labels = {key: value[:NAME_LENGTH_MAX] for key, value in (meta.labels or {}).items()}
-    provider_id = wire.spec.provider_id[:TEXT_LENGTH_MAX]
+    provider_id = sent.spec.provider_id[:TEXT_LENGTH_MAX]
     provider = parse_provider(provider_id)
     addresses = [
         item.address[:NAME_LENGTH_MAX]
-        for item in (wire.status.addresses or ())[:ADDRESSES_MAX]
+        for item in (sent.status.addresses or ())[:ADDRESSES_MAX]
         if item.address
     ]
     host = labels.get("kubernetes.io/hostname", "")
@@ -300,6 +213,8 @@ def decode_node(data: bytes) -> tuple[Node, str]:
         addresses=tuple(
             {address: None for address in (*addresses, host) if address and address != meta.name}
         ),
+        wants_sensor=not any(labels.get(key) == value for key, value in SENSOR_FREE)
+        and all(labels.get(key) == value for key, value in sensor_labels.items()),
     )
     return node, meta.resource_version
 
@@ -337,14 +252,14 @@ def parse_provider(provider_id: str) -> Provider:
     return Provider("", "", "", "")
 
 
-def _controller(meta: Metadata) -> Owner | None:
+def _controller(meta: wire.Metadata) -> Owner | None:
     for owner in meta.owner_references or ():
         if owner.controller:
             return Owner(_name(owner.kind), _name(owner.name), intern(owner.uid[:ID_LENGTH_MAX]))
     return None
 
 
-def _containers(spec: _PodSpec, status: _PodStatus) -> tuple[Container, ...]:
+def _containers(spec: wire.PodSpec, status: wire.PodStatus) -> tuple[Container, ...]:
     """Containers by name: what the specification says and what the runtime says."""
     statuses = {
         item.name: item
@@ -363,7 +278,7 @@ def _containers(spec: _PodSpec, status: _PodStatus) -> tuple[Container, ...]:
     return tuple(found[:CONTAINERS_MAX])
 
 
-def _container(spec: _ContainerSpec, status: _ContainerStatus | None) -> Container:
+def _container(spec: wire.ContainerSpec, status: wire.ContainerStatus | None) -> Container:
     context = spec.security_context
     started = previous = ""
     if status is not None:

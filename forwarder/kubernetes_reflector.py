@@ -27,8 +27,8 @@ import structlog
 from msgspec import Raw
 
 from forwarder.kubernetes_api import Api, ApiError, limited, reason_of, status_of
-from forwarder.kubernetes_objects import Metadata
 from forwarder.kubernetes_stream import ItemSplitter, ListMeta, lines
+from forwarder.kubernetes_wire import Metadata
 
 PAGE_OBJECTS = 500
 PAGES_MAX = 10_000

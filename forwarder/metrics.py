@@ -8,7 +8,7 @@ not share numbers.
 The law at rest (nothing under way), which a test holds us to:
 
     received = stored + duplicate + unparsed + discarded
-    recovered + stored = filtered + delivered + dead-lettered + pending      (for each sink)
+    recovered + stored = filtered + delivered + dead-lettered + pending + aggregating      (for each sink)
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ DEAD_LETTER_REASONS = (
     "unknown",
     "broken_block",
 )
+FILTER_REASONS = ("not_a_finding", "minimum_priority", "route", "drop", "silence")
+FINDING_UPDATES = ("first", "priority", "count", "archive", "notice")
 ENRICHMENT_RESULTS = (
     "pod_uid",
     "name",
@@ -126,6 +128,7 @@ class Metrics:
         self._ingest()
         self._spool()
         self._delivery()
+        self._rules()
         self._enrichment()
         self._process()
 
@@ -199,9 +202,16 @@ class Metrics:
         self.sent_bytes = self._per_sink_counter(
             "sent_bytes", "Bytes of accepted requests, before any compression"
         )
-        self.filtered = self._per_sink_counter(
-            "filtered_events", "Alerts the configuration keeps from this sink"
+        filtered = self._counter(
+            "filtered_events",
+            "Alerts the configuration keeps from this sink. not_a_finding: Falco's internal messages and texts; minimum_priority: "
+            "the sink's or a rule's; route: a rule sends it elsewhere; drop, silence: a rule says so",
+            "sink",
+            "reason",
         )
+        self.filtered = {
+            (sink, reason): filtered.labels(sink, reason) for sink in self.sinks for reason in FILTER_REASONS
+        }
         self.unparsed_forwarded = self._per_sink_counter(
             "unparsed_forwarded_events", "Unparsable bodies sent on raw"
         )
@@ -239,8 +249,39 @@ class Metrics:
         self.last_success = self._per_sink_gauge(
             "last_success_timestamp_seconds", "When the service last accepted a call, 0 = not yet"
         )
+        self._findings()
         state = self._gauge("sink_state", "1 for the state the sink is in", "sink", "state")
         self.state = {(sink, name): state.labels(sink, name) for sink in self.sinks for name in STATES}
+
+    def _findings(self) -> None:
+        self.aggregating = self._per_sink_gauge(
+            "sink_aggregating",
+            "Alerts counted in an issue whose finding does not say so yet, because the time of its next update has not come",
+        )
+        self.issues = self._gauge("issues", "Issues that aggregation remembers")
+        self.issues_max = self._gauge("issues_max", "Most issues that fit")
+        self.aggregated = self._counter("aggregated_events", "Alerts counted in issues")
+        self.issues_evicted = self._counter(
+            "issues_evicted", "Issues forgotten because the table was full: what comes is a new finding"
+        )
+        updates = self._counter(
+            "finding_updates",
+            "Findings the service accepted. first: a new one; priority: more severe than before; count: more alerts; "
+            "archive: idle for long; notice: of the forwarder itself",
+            "reason",
+        )
+        self.finding_updates = {reason: updates.labels(reason) for reason in FINDING_UPDATES}
+
+    def _rules(self) -> None:
+        self.rules = self._gauge("rules", "Rules of the house in force")
+        self.silences = self._gauge("rules_silences_active", "Silences in force")
+        reloads = self._counter("rules_reloads", "Changed configuration files, by outcome", "result")
+        self.rules_reloads = {result: reloads.labels(result) for result in ("ok", "failed")}
+        self.rules_reload_ok = self._gauge(
+            "rules_reload_ok",
+            "0 while the configuration file has faults and the rules before it stay in force",
+        )
+        self.rules_reload_ok.set(1)
 
     def _enrichment(self) -> None:
         results = self._counter(

@@ -14,10 +14,12 @@ import msgspec
 from forwarder.admin import AdminSettings
 from forwarder.aws import AwsSettings
 from forwarder.config import load, setting
-from forwarder.delivery import DeliverySettings
+from forwarder.delivery_calls import DeliverySettings
 from forwarder.enrichment import ENRICHERS, enricher_class
 from forwarder.logs import LogSettings
 from forwarder.receiver_settings import ReceiverSettings
+from forwarder.rules_settings import RuleSettings, faults_among
+from forwarder.sensors import SensorsSettings
 from forwarder.sinks import SINKS, sink_class
 from forwarder.spool_settings import SpoolSettings
 
@@ -79,7 +81,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     aws: AwsSettings = msgspec.field(default_factory=AwsSettings)
     log: LogSettings = msgspec.field(default_factory=LogSettings)
     enrichment: _Enrichment = msgspec.field(default_factory=_Enrichment)
+    sensors: SensorsSettings = msgspec.field(default_factory=SensorsSettings)
     sinks: _Sinks = msgspec.field(default_factory=_Sinks)
+    rules: Annotated[
+        list[RuleSettings],
+        setting("What becomes of which alerts; the first that matches decides. See [rules.md](rules.md)."),
+    ] = msgspec.field(default_factory=list)
 
     def faults(self) -> Iterator[tuple[str, str]]:
         if not enabled_sinks(self):
@@ -87,6 +94,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ports = {self.receiver.port, self.admin.port} - {0}
         if self.receiver.port == self.admin.port and ports:
             yield "admin.port", "is the receiver's port too"
+        kubernetes = self.enrichment.kubernetes
+        kept = {"labels": kubernetes.labels, "namespace_labels": kubernetes.namespace_labels}
+        yield from faults_among(self.rules, sinks=SINKS, kept=kept)
 
 
 def enabled_sinks(settings: Settings) -> list[str]:

@@ -97,7 +97,7 @@ class Spool:
         self.oldest: dict[str, float] = {}
         self.dead: dict[str, int] = {}
         self._unparsed: dict[str, int] = {}
-        self.id = ""
+        self.id, self.fresh = "", frozenset[str]()
         self.failure = ""  # why the volume does not take writes
 
     # ---- life ---------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ class Spool:
         self.cursors, self.dead, self._unparsed = state.cursors, dict(state.dead), state.unparsed
         self.limit_bytes = self.bytes_max = state.bytes_max
         self._commit_bytes_max = min(COMMIT_BYTES_MAX, max(1, self.bytes_max // 16))
-        self.id = state.id
+        self.id, self.fresh = state.id, state.fresh
         self._metrics.spool_corrupt.set(state.quarantined is not None)
         self.publish()
         self._housekeeper = asyncio.create_task(self._housekeep(), name="spool housekeeping")

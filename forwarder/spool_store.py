@@ -58,6 +58,7 @@ class Store:
         self._dead_retention_secs = dead_retention_secs
         self._unparsed_bytes_max = unparsed_bytes_max
         self._end = 0
+        self._fresh: frozenset[str] = frozenset()
 
     def open(self, sinks: Iterable[str]) -> State:
         """Open the database and bring the cursors in line with the enabled sinks.
@@ -105,6 +106,7 @@ class Store:
             dead=self.count_dead(),
             unparsed={sink: self._unparsed_from(offset) for sink, offset in cursors.items()},
             quarantined=opened.quarantined,
+            fresh=self._fresh,
             id=spool_id(self._db),
         )
 
@@ -116,6 +118,7 @@ class Store:
         (cursor_end,) = execute("SELECT coalesce(max(next), 0) FROM cursor").fetchone()
         self._end = max(blocks_end, meta_end, cursor_end)
         existing = dict(execute("SELECT sink, next FROM cursor"))
+        self._fresh = frozenset() if salvaged else frozenset(wanted - existing.keys())
         execute("BEGIN IMMEDIATE")
         for name in existing.keys() - wanted:
             execute("DELETE FROM cursor WHERE sink=?", (name,))

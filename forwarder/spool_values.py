@@ -94,5 +94,7 @@ class State(NamedTuple):
     unparsed: dict[str, int]
     """Unparsable bodies among what waits, per sink."""
     quarantined: Path | None
+    fresh: frozenset[str]
+    """Sinks that begin at the present: what was counted for them before is not waited for any more."""
     id: str
     """Random, made with the database: what is counted here is counted nowhere else."""

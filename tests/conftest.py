@@ -18,7 +18,7 @@ from blockbuster import BlockBuster, BlockingError
 from blockbuster import blockbuster as blockbuster_module
 from botocore.loaders import JSONFileLoader
 
-from forwarder import delivery, logs, receiver, spool
+from forwarder import delivery_calls, delivery_telling, logs, receiver, spool
 from forwarder.app import Application
 from tests.fakes.aws import FakeAws
 from tests.running import Running, Start, settings_of
@@ -107,9 +107,11 @@ async def forwarder(aws: FakeAws, tmp_path: Path) -> AsyncIterator[Start]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Periods that nobody configures, shortened: back-off, probe, sweep, housekeeping, lingering close."""
-    monkeypatch.setattr(delivery, "BACKOFF_BASE_SECS", 0.02)
-    monkeypatch.setattr(delivery, "BACKOFF_MAX_SECS", 0.2)
-    monkeypatch.setattr(delivery, "PROBE_SECS", 0.1)
+    monkeypatch.setattr(delivery_calls, "BACKOFF_BASE_SECS", 0.02)
+    monkeypatch.setattr(delivery_calls, "BACKOFF_MAX_SECS", 0.2)
+    monkeypatch.setattr(delivery_calls, "PROBE_SECS", 0.1)
+    monkeypatch.setattr(delivery_telling, "BACKOFF_BASE_SECS", 0.02)
+    monkeypatch.setattr(delivery_telling, "BACKOFF_MAX_SECS", 0.2)
     monkeypatch.setattr(receiver, "SWEEP_SECS", 0.05)
     monkeypatch.setattr(receiver, "LINGER_SECS", 0.1)
     monkeypatch.setattr(spool, "HOUSEKEEPING_SECS", 0.05)

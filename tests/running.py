@@ -34,7 +34,13 @@ def settings_of(directory: Any, changes: Mapping[str, Any] | None = None) -> Set
         "enrichment": {name: {"enabled": False} for name in ENRICHERS},
         "sinks": {
             "cloudwatch_logs": {"enabled": True, "log_group": LOG_GROUP, "linger_secs": 0.05},
-            "security_hub": {"enabled": True, "linger_secs": 0.05, "rate_per_sec": 1000, "burst": 1000},
+            "security_hub": {
+                "enabled": True,
+                "linger_secs": 0.05,
+                "rate_per_sec": 1000,
+                "burst": 1000,
+                "aggregation": {"enabled": False},
+            },
         },
     }
     for key, value in (changes or {}).items():
@@ -82,7 +88,8 @@ class Scrape:
                 self.total("filtered_events_total", sink=sink)
                 + self.total("sent_events_total", sink=sink)
                 + self.total("dead_lettered_events_total", sink=sink)
-                + self.total("sink_pending", sink=sink),
+                + self.total("sink_pending", sink=sink)
+                + self.total("sink_aggregating", sink=sink),
             )
         return {name: side for name, side in sides.items() if side[0] != side[1]}
 

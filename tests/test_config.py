@@ -41,8 +41,8 @@ def faults_of(path: Path | None, environment: dict[str, str] | None = None) -> d
     """Faults by key; the configuration must have some."""
     with pytest.raises(ConfigError) as caught:
         load_settings(path, environment or {})
-    assert str(caught.value) == "; ".join(f"{where}: {what}" for where, what in caught.value.faults)
-    return dict(caught.value.faults)
+    assert str(caught.value) == "; ".join(map(str, caught.value.faults))
+    return {fault.where: fault.what for fault in caught.value.faults}
 
 
 def faults_in(file: Path, text: str, environment: dict[str, str] | None = None) -> dict[str, str]:
@@ -297,7 +297,6 @@ def test_a_section_must_be_a_mapping(file: Path, section: str, value: str) -> No
         (b"on: x", "True is not text"),
         (b"? [a]\n: x", "is not text"),
         (b"[" * 2_000, "not valid YAML"),
-        (b"cluster: {name: 2026-99-99}", "not valid YAML"),
         (b"receiver: {port: !!int x}", "not valid YAML"),
         (b"receiver: {port: " + b"9" * 5_000 + b"}", "not valid YAML"),
         (b"- a\n- b", "must be a mapping of sections"),
@@ -314,7 +313,7 @@ def test_files_that_are_no_configuration(file: Path, raw: bytes, words: str) -> 
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("value", ["[5", "2026-99-99", "{a: 1, a: 2}", "!!int x", "[" * 2_000])
+@pytest.mark.parametrize("value", ["[5", "{a: 1, a: 2}", "!!int x", "[" * 2_000])
 def test_bad_yaml_in_the_environment(value: str) -> None:
     name = "FORWARDER__RECEIVER__PORT"
     assert "is not valid YAML" in faults_of(None, {name: value})[name]
@@ -499,7 +498,7 @@ def test_a_placeholder_nobody_fills_in_is_a_fault(file: Path) -> None:
             "sinks: {cloudwatch_logs: {enabled: true, log_group: /falco/x, log_stream: '{host}/{date}'}}",
         )
     assert [str(fault) for fault in caught.value.faults] == [
-        "sinks.cloudwatch_logs.log_stream: {host} is not one of {replica}, {cluster}, {hostname}, {date}"
+        "sinks.cloudwatch_logs.log_stream (line 2): {host} is not one of {replica}, {cluster}, {hostname}, {date}"
     ]
 
 
@@ -516,4 +515,5 @@ def test_a_switch_may_be_left_to_the_program(file: Path, value: str, expected: A
         return
     with pytest.raises(ConfigError) as caught:
         loaded(file, text)
-    assert str(caught.value) == f"enrichment.kubernetes.enabled: '{value}' is not one of auto, true, false"
+    where = "enrichment.kubernetes.enabled (line 3)"
+    assert str(caught.value) == f"{where}: '{value}' is not one of auto, true, false"

@@ -13,13 +13,13 @@ import pytest
 
 from forwarder.batch import Limits
 from forwarder.contract import Again, Blocked, Permanent, Permission, Reject, TooLarge, Transient
-from forwarder.delivery import (
+from forwarder.delivery import Worker
+from forwarder.delivery_calls import (
     BACKOFF_MAX_SECS,
     PROBE_SECS,
     REFUSALS_IN_A_ROW_MAX,
     SUSPECTS_MAX,
     DeliverySettings,
-    Worker,
 )
 from forwarder.delivery_round import LIMITED_ATTEMPTS_MAX
 from forwarder.metrics import Metrics
@@ -142,7 +142,7 @@ async def test_filtered_alerts_pass_without_a_call(bench: Bench) -> None:
     await bench.store(alert(1, priority=6), alert(2, priority=5), alert(3, priority=7))
     await bench.settled()
     assert bench.sink.accepted == ["000002"]
-    assert bench.value("filtered_events_total") == 2
+    assert bench.value("filtered_events_total", reason="minimum_priority") == 2
 
 
 async def test_findings_take_neither_text_nor_internal_nor_unparsed(bench: Bench) -> None:
@@ -151,7 +151,7 @@ async def test_findings_take_neither_text_nor_internal_nor_unparsed(bench: Bench
     await bench.store(alert(1, kind=TEXT), alert(2, internal=True), alert(3, kind=UNPARSED), alert(4))
     await bench.settled()
     assert bench.sink.accepted == ["000004"]
-    assert bench.value("filtered_events_total") == 2, "an unparsable body is no alert"
+    assert bench.value("filtered_events_total", reason="not_a_finding") == 2, "an unparsable body is no alert"
 
 
 async def test_unparsed_bodies_go_to_log_sinks_and_count_apart(bench: Bench) -> None:

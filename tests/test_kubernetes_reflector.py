@@ -39,7 +39,7 @@ class Known:
         self.versions: list[str] = []
         self._decode: Callable[[bytes], Any] = {
             "pods": lambda data: decode_pod(data, NO_LABELS),
-            "nodes": decode_node,
+            "nodes": lambda data: decode_node(data, {}),
         }.get(kind, lambda data: decode_meta(data, NO_LABELS))
 
     def put(self, data: bytes) -> tuple[str, str]:

@@ -8,6 +8,7 @@ import gc
 import io
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -175,8 +176,8 @@ def test_every_fault_is_printed(command: str, config: Path, capsys: pytest.Captu
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert "receiver.prot: unknown key, did you mean port?" in lines
-    assert any(line.startswith("sinks.cloudwatch_logs.log_group: ") for line in lines)
+    assert re.search(r"^receiver\.prot \(line \d+\): unknown key, did you mean port\?$", err, re.MULTILINE)
+    assert any(line.startswith("sinks.cloudwatch_logs.log_group (line ") for line in lines)
     assert lines[-1] == f"falco-forwarder: {len(lines) - 1} faults in the configuration"
 
 

@@ -15,7 +15,8 @@ import structlog
 
 from forwarder.batch import Item, Limits
 from forwarder.contract import Reject, Transient
-from forwarder.delivery import DeliverySettings, Worker
+from forwarder.delivery import Worker
+from forwarder.delivery_calls import DeliverySettings
 from forwarder.metrics import Metrics
 from forwarder.record import Record
 from forwarder.spool import Spool

@@ -22,6 +22,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -107,10 +108,13 @@ class Kubernetes:
         monotonic: Callable[[], float],
         rng: random.Random,
         environment: Mapping[str, str],
+        sensor_labels: Mapping[str, str] = MappingProxyType({}),
         **_: Any,
     ) -> None:
+        """``sensor_labels`` are those of the nodes Falco should run on (``sensors.node_selector``)."""
         self._settings = settings
         self._metrics = metrics
+        self._now = now
         self._monotonic = monotonic
         self._rng = rng
         self._environment = environment
@@ -122,6 +126,7 @@ class Kubernetes:
             now=now,
             monotonic=monotonic,
             changed=self._remembered.clear,
+            sensor_labels=sensor_labels,
         )
         self.api: Api | None = None
         self.trouble = ""
@@ -194,6 +199,27 @@ class Kubernetes:
         """Region of the nodes, or nothing where they are in several."""
         regions = {node.region for node in self.mirror.nodes.live() if node.region}
         return regions.pop() if len(regions) == 1 else ""
+
+    def node_of(self, hostname: str, peer: str, at: float | None = None) -> str:
+        """Name of the node a message of Falco's came from (at ``at``, or just now), or nothing."""
+        name = self._node_of_host(hostname) if hostname else ""
+        if not name and self._settings.trust_peer and peer:
+            name = self._node_of_peer(peer, self._now() if at is None else at)
+        return name
+
+    def sensor_nodes(self) -> dict[str, str] | None:
+        """Names (and UIDs) of the live nodes Falco should run on; None as long as nobody told us."""
+        if not self.mirror.synced("nodes"):
+            return None
+        return {node.name: node.uid for node in self.mirror.nodes.live() if node.wants_sensor}
+
+    def nodes_are_current(self) -> bool:
+        """Whether the list of nodes is what the API server would say now."""
+        return not self.mirror.stale("nodes")
+
+    def node_enrichment(self, name: str) -> bytes:
+        """``"node":{...}`` for a record about this node."""
+        return b'"node":' + self._node(name)
 
     def publish(self) -> None:
         for result, count in self._results.items():
@@ -326,10 +352,7 @@ class Kubernetes:
 
     def _host_node(self, subject: Subject) -> bytes:
         """The node the alert came from, or nothing."""
-        host = subject.hostname
-        name = self._node_of_host(host) if host else ""
-        if not name and self._settings.trust_peer and subject.peer:
-            name = self._node_of_peer(subject.peer, subject.time_ns / 1e9)
+        name = self.node_of(subject.hostname, subject.peer, subject.time_ns / 1e9)
         return self._node(name) if name else b""
 
     def _node_of_host(self, host: str) -> str:

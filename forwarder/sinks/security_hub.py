@@ -3,7 +3,7 @@
 Contract of the service (API reference, guide, error texts): 1 to 100 findings, 240 KB each, 6 MB a call; 10
 calls a second with a burst of 30 for a whole account and region; HTTP 200 also when every finding failed; a
 finding is matched on ``Id`` and an update whose ``UpdatedAt`` is not newer is ignored, so a repeated call is
-harmless. A disabled hub shows as a call-level InvalidAccessException or as InvalidAccess of every finding.
+harmless. Which alerts make one finding, and when it is told again, is delivery's (``delivery_findings``). A disabled hub shows as a call-level InvalidAccessException or as InvalidAccess of every finding.
 One finding of a foreign account fails the whole call with AccessDenied.
 """
 
@@ -18,11 +18,12 @@ import msgspec
 from forwarder import asff
 from forwarder.alert import rank
 from forwarder.asff import SEVERITIES, SeverityPreset
-from forwarder.asff_context import Advice, Context, UnmappableError
+from forwarder.asff_context import Advice, Context, Occurrences, UnmappableError
 from forwarder.aws import Aws, role_of
 from forwarder.batch import Item, Limits
 from forwarder.config import PriorityName, setting
 from forwarder.contract import Again, Reject, Transient
+from forwarder.issues_settings import AggregationSettings
 from forwarder.pace import Pace
 from forwarder.record import Record
 
@@ -61,6 +62,17 @@ class SecurityHubSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = 10.0
     burst: Annotated[int, setting("Calls at once after a pause.", unit="calls", ge=1, le=100_000)] = 30
+    aggregation: AggregationSettings = msgspec.field(default_factory=AggregationSettings)
+    aging_secs: Annotated[
+        float,
+        setting(
+            "Behind its quota, the sink sends the most severe findings first. From half of this time on, a quarter of every call is "
+            "kept for those that have waited longest.",
+            unit="seconds",
+            ge=1,
+            le=86_400,
+        ),
+    ] = 300.0
     linger_secs: Annotated[
         float, setting("Longest wait for a fuller batch.", unit="seconds", ge=0, le=60)
     ] = 1.0
@@ -114,6 +126,9 @@ class SecurityHub:
         self.role = role_of(settings)
         self.linger_secs = settings.linger_secs
         self.minimum_rank = rank(settings.minimum_priority) or 0
+        self.aggregation = settings.aggregation
+        self.aging_secs = settings.aging_secs
+        self.severities = SEVERITIES[settings.severity]
         self.pace = Pace(
             concurrency_max=settings.concurrency_max,
             rate_per_sec=settings.rate_per_sec,
@@ -138,21 +153,22 @@ class SecurityHub:
             replica=self._replica,
             log_group=self._log_group,
             log_stream=self._log_stream,
-            severities=SEVERITIES[self._settings.severity],
+            severities=self.severities,
             remediation={
                 rule: Advice(advice.text, advice.url) for rule, advice in self._settings.remediation.items()
             },
         )
 
-    def encode(self, record: Record, index: int) -> Item:
-        """One finding, checked against the format."""
+    def encode(self, record: Record, index: int, seen: Occurrences | None = None) -> Item:
+        """One finding, checked against the format: of this alert alone, or of all that was ``seen`` with it."""
         if self._context is None:
             raise RuntimeError("encode before open")
+        seen = seen or asff.of_one_alert(record, self._context)
         try:
-            data = asff.encode(record, self._context)
+            data = asff.encode(record, self._context, seen)
         except UnmappableError as error:
             raise Reject("unmappable", str(error)) from error
-        key = asff.finding_id(record, self._context)
+        key = asff.finding_id(record, self._context, seen)
         return Item(index=index, data=data, size_bytes=len(data) + 1, key=key)
 
     async def deliver(self, items: Sequence[Item]) -> dict[int, Reject]:

@@ -1,0 +1,118 @@
+"""Who is told next: queues by severity for what is due, a heap for what is due later. Pure.
+
+The most severe goes first. A quarter of what is taken at a time is kept for those that have waited half of ``aging_secs``, the oldest first:
+nothing starves, and nothing severe waits behind what is not.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+AGED_SHARE = 4
+
+
+class Waiting(NamedTuple):
+    """One key, and since when it has been due, monotonic seconds."""
+
+    key: bytes
+    since: float
+
+
+class Due:
+    """Keys that are due, by level, and keys that will be. A key is in one of the two, or in neither."""
+
+    def __init__(self, levels: int, *, aging_secs: float, monotonic: Callable[[], float]) -> None:
+        self._queues: tuple[deque[Waiting], ...] = tuple(deque() for _ in range(levels))
+        self._aging_secs = aging_secs
+        self._monotonic = monotonic
+        self._levels: dict[bytes, int] = {}
+        self._heap: list[tuple[float, bytes]] = []
+        self._later: dict[bytes, float] = {}
+
+    def __len__(self) -> int:
+        """How many are due."""
+        return len(self._levels)
+
+    def level(self, key: bytes) -> int | None:
+        """The level a key is due with; None: it is not due."""
+        return self._levels.get(key)
+
+    def is_later(self, key: bytes) -> bool:
+        return key in self._later
+
+    def push(self, key: bytes, level: int) -> None:
+        """Due now; a key that was due at another level moves."""
+        self._later.pop(key, None)
+        self._levels[key] = level
+        self._queues[level].append(Waiting(key, self._monotonic()))
+
+    def push_first(self, waiting: Waiting, level: int) -> None:
+        """Back to the head of its queue, with the time it has waited."""
+        self._levels[waiting.key] = level
+        self._queues[level].appendleft(waiting)
+
+    def later(self, key: bytes, delay_secs: float) -> None:
+        """Due after a while."""
+        at = self._monotonic() + delay_secs
+        self._later[key] = at
+        heappush(self._heap, (at, key))
+
+    def ripe(self, *, all_of_them: bool = False) -> Iterator[bytes]:
+        """Keys whose time has come, or all that wait for theirs; each must be pushed."""
+        now = self._monotonic()
+        while self._heap and (all_of_them or self._heap[0][0] <= now):
+            at, key = heappop(self._heap)
+            if self._later.get(key) == at:
+                del self._later[key]
+                yield key
+
+    def next_at(self) -> float | None:
+        """When the next key is due, monotonic; None: not before something happens."""
+        if self._levels:
+            return self._monotonic()
+        return self._heap[0][0] if self._heap else None
+
+    def oldest_secs(self) -> float:
+        """How long the key has been due that waits longest."""
+        waits = [head.since for level in range(len(self._queues)) if (head := self._head(level))]
+        return max(0.0, self._monotonic() - min(waits)) if waits else 0.0
+
+    def take(self, count_max: int) -> list[Waiting]:
+        """Up to so many, in the order in which they shall go."""
+        chosen = self._aged(count_max // AGED_SHARE)
+        for level in reversed(range(len(self._queues))):
+            while len(chosen) < count_max and self._head(level) is not None:
+                chosen.append(self._pop(level))
+        return chosen
+
+    def _aged(self, count_max: int) -> list[Waiting]:
+        """Those that have waited too long, the oldest first."""
+        limit = self._monotonic() - self._aging_secs / 2
+        chosen: list[Waiting] = []
+        while len(chosen) < count_max:
+            heads = [
+                (head.since, level)
+                for level in range(len(self._queues))
+                if (head := self._head(level)) and head.since <= limit
+            ]
+            if not heads:
+                break
+            chosen.append(self._pop(min(heads)[1]))
+        return chosen
+
+    def _pop(self, level: int) -> Waiting:
+        waiting = self._queues[level].popleft()
+        del self._levels[waiting.key]
+        return waiting
+
+    def _head(self, level: int) -> Waiting | None:
+        """First of a queue that still belongs there: a key that moved leaves its old place behind."""
+        queue = self._queues[level]
+        while queue:
+            if self._levels.get(queue[0].key) == level:
+                return queue[0]
+            queue.popleft()
+        return None
