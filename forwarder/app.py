@@ -27,6 +27,7 @@ from forwarder.admin import Admin
 from forwarder.aws import Aws
 from forwarder.cluster_identity import ClusterIdentity, Surroundings
 from forwarder.contract import Service
+from forwarder.custom_members import CustomMembers, fields_of, tags_of
 from forwarder.delivery import Worker
 from forwarder.delivery_findings import FindingsWorker
 from forwarder.enricher import Enricher, Enrichment
@@ -137,6 +138,9 @@ class Application:
                 now_monotonic=loop.time,
                 enrichment=self.enrichment if self.enrichers else None,
                 saw=self.sensors.saw,
+                custom=CustomMembers(
+                    fields_of(self.settings.customfields, os.environ), tags_of(self.settings.customtags)
+                ),
             )
             for name, work in self._side_tasks():
                 stack.callback(asyncio.create_task(work, name=name).cancel)

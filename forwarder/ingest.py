@@ -23,6 +23,7 @@ from typing import NamedTuple
 import structlog
 
 from forwarder.alert import Alert, Unparsable, decode, encode
+from forwarder.custom_members import CustomMembers
 from forwarder.enricher import Enrichment
 from forwarder.metrics import Metrics
 from forwarder.record import ALERT, TEXT, UNPARSED, DeadLetter, Record
@@ -100,8 +101,9 @@ class Ingest:
         now_monotonic: Callable[[], float],
         enrichment: Enrichment | None = None,
         saw: Callable[[Alert, str], None] | None = None,
+        custom: CustomMembers | None = None,
     ) -> None:
-        """``saw`` is told of every alert and its peer: whoever sent it lives."""
+        """``saw`` is told of every alert and its peer: whoever sent it lives; ``custom`` adds to every alert."""
         self._spool = spool
         self._metrics = metrics
         self._hold_secs_max = hold_secs_max
@@ -109,6 +111,7 @@ class Ingest:
         self._now = now_monotonic
         self._enrichment = enrichment
         self._saw = saw
+        self._custom = custom or None
         self._seen = Seen(now_monotonic)
         self._flying: dict[bytes, asyncio.Future[None]] = {}
         self._held = 0
@@ -331,7 +334,7 @@ class Ingest:
             time_ns,
             now_ns,
             alert.internal,
-            alert.body,
+            alert.body if self._custom is None or alert.text else self._custom.added_to(alert.body),
             enrichment,
             b",".join(notes) if notes else b"",
             alert.hostname[:HOSTNAME_LENGTH_MAX],

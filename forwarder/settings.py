@@ -5,6 +5,7 @@ The structs stand beside the code they configure; here they are put together. ``
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ import msgspec
 from forwarder.admin import AdminSettings
 from forwarder.aws import AwsSettings
 from forwarder.config import load, setting
+from forwarder.custom_members import faults_of
 from forwarder.delivery_calls import DeliverySettings
 from forwarder.enrichment import ENRICHERS, enricher_class
 from forwarder.logs import LogSettings
@@ -81,6 +83,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     aws: AwsSettings = msgspec.field(default_factory=AwsSettings)
     log: LogSettings = msgspec.field(default_factory=LogSettings)
     enrichment: _Enrichment = msgspec.field(default_factory=_Enrichment)
+    customfields: Annotated[
+        dict[str, str] | str,
+        setting(
+            "Fields for `output_fields` of every alert, as in falcosidekick: a mapping, or text like `key:value,key:value`; a value "
+            "`%NAME` is that of an environment variable. What Falco sent itself stays."
+        ),
+    ] = msgspec.field(default_factory=dict)
+    customtags: Annotated[
+        list[str] | str, setting("Tags for every alert, as in falcosidekick: a list, or text like `tag,tag`.")
+    ] = msgspec.field(default_factory=list)
     sensors: SensorsSettings = msgspec.field(default_factory=SensorsSettings)
     sinks: _Sinks = msgspec.field(default_factory=_Sinks)
     rules: Annotated[
@@ -94,6 +106,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ports = {self.receiver.port, self.admin.port} - {0}
         if self.receiver.port == self.admin.port and ports:
             yield "admin.port", "is the receiver's port too"
+        yield from faults_of(self.customfields, self.customtags, os.environ)
         kubernetes = self.enrichment.kubernetes
         kept = {"labels": kubernetes.labels, "namespace_labels": kubernetes.namespace_labels}
         yield from faults_among(self.rules, sinks=SINKS, kept=kept)
