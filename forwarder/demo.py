@@ -11,15 +11,12 @@ import asyncio
 import contextlib
 import importlib.util
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
-from collections import Counter
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -29,21 +26,15 @@ import aiohttp
 import msgspec
 from aiobotocore.session import get_session
 
-from forwarder import alert
 from forwarder.demo_kubernetes import TOKEN, kubeconfig
-from forwarder.replay import Bar, Report, replay
+from forwarder.demo_report import Arrived, equal, show
+from forwarder.replay import Bar, replay
 
 REGION, ACCOUNT, CLUSTER = "eu-west-1", "123456789012", "demo"
 LOG_GROUP = f"/falco/{CLUSTER}"
 START_SECS_MAX, SYNC_SECS_MAX, DELIVER_SECS_MAX, STOP_SECS_MAX = 60.0, 30.0, 120.0, 30.0
 SENDERS = 4
-SEVERITIES = ("CRITICAL", "HIGH", "MEDIUM", "LOW", "INFORMATIONAL")
-FINDINGS_SHOWN = 12
-COLUMNS_USUAL, RULE_COLUMNS_MIN = 100, 20
-MINIMUM_RANK = 5
 HTTP_OK = 200
-
-UNKNOWN_POD = "(unknown pod)"
 
 CONFIGURATION = """\
 cluster: {{name: {cluster}}}
@@ -54,7 +45,7 @@ aws: {{region: {region}}}
 enrichment: {{kubernetes: {{enabled: true, kubeconfig: {directory}/kubeconfig}}, ec2: {{enabled: false}}, ecs: {{enabled: false}}}}
 sinks:
   cloudwatch_logs: {{enabled: true, log_group: {group}, retention_days: 90, minimum_priority: debug}}
-  security_hub: {{enabled: true, minimum_priority: notice}}
+  security_hub: {{enabled: true, minimum_priority: notice, aggregation: {{flush_secs: [1]}}}}
 """
 
 
@@ -63,12 +54,6 @@ class _Ports(NamedTuple):
     kubernetes: int
     receiver: int
     admin: int
-
-
-class _Arrived(NamedTuple):
-    event_ids: list[str]
-    findings: list[dict[str, Any]]
-    dead_letters: int
 
 
 def demo(*, keep: bool) -> int:
@@ -145,8 +130,8 @@ async def _main_job(ports: _Ports) -> bool:
     )
     status = await _delivered(f"http://127.0.0.1:{ports.admin}/status")
     arrived = await _read_back(sum(sink["dead_letters"] for sink in status["sinks"].values()))
-    _show(report, arrived)
-    return _equal(bodies, report, arrived)
+    show(report, arrived)
+    return equal(bodies, report, arrived)
 
 
 def _sample() -> list[bytes]:
@@ -178,7 +163,7 @@ async def _delivered(url: str) -> dict[str, Any]:
         while True:
             async with session.get(url) as answer:
                 status: dict[str, Any] = await answer.json()
-            pending = {name: sink["pending"] for name, sink in status["sinks"].items()}
+            pending = {name: sink["pending"] + sink["aggregating"] for name, sink in status["sinks"].items()}
             line = "delivering: " + ", ".join(f"{name} {count} pending" for name, count in pending.items())
             if line != shown:
                 print(line, flush=True)
@@ -195,7 +180,7 @@ async def _enable_hub() -> None:
         await hub.enable_security_hub()
 
 
-async def _read_back(dead_letters: int) -> _Arrived:
+async def _read_back(dead_letters: int) -> Arrived:
     """What an ordinary SDK client finds at AWS."""
     ids: list[str] = []
     findings: list[dict[str, Any]] = []
@@ -210,125 +195,7 @@ async def _read_back(dead_letters: int) -> _Arrived:
             if not answer.get("NextToken"):
                 break
             token = {"NextToken": answer["NextToken"]}
-    return _Arrived(ids, findings, dead_letters)
-
-
-def _severity(finding: dict[str, Any]) -> str:
-    # The service copies it to the top level, the embedded one does not.
-    return str(finding.get("FindingProviderFields", finding)["Severity"]["Label"])
-
-
-def _show(report: Report, arrived: _Arrived) -> None:
-    severities = Counter(_severity(finding) for finding in arrived.findings)
-    rows = {
-        "sent": report.sent,
-        "acknowledged": report.acknowledged,
-        "log events": len(arrived.event_ids),
-        "findings": len(arrived.findings),
-        "dead letters": arrived.dead_letters,
-    } | {label: severities[label] for label in SEVERITIES}
-    print()
-    for name, number in rows.items():
-        print(f"{name:<14} {number:>6}")
-    newest = sorted(arrived.findings, key=lambda finding: str(finding["LastObservedAt"]), reverse=True)
-    width = min(max(shutil.get_terminal_size((COLUMNS_USUAL, 24)).columns, 60), 160)
-    shown = _various(newest)
-    print(f"\n{len(shown)} of the newest findings, each of another workload or host:\n")
-    _show_table(shown, width)
-    print("\nThe alerts are real, the cluster is made up. What it does not know stays unknown.")
-    if shown:
-        print("\nThe first of them in full:")
-        _show_finding(shown[0], width)
-
-
-def _place(finding: dict[str, Any]) -> tuple[str, str]:
-    """Workload and instance; what nobody knows stays unknown."""
-    workload = instance = "-"
-    for item in finding["Resources"]:
-        if item["Type"] == "AwsEc2Instance":
-            instance = item["Id"].rpartition("/")[2]
-        elif item["Type"] == "Container":
-            workload = item.get("Details", {}).get("Other", {}).get("workload", UNKNOWN_POD)
-    return workload, instance
-
-
-def _various(newest: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest of each workload and host, of a rule that is not shown yet where there is one."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for finding in newest:
-        groups.setdefault(_place(finding), []).append(finding)
-    shown: list[dict[str, Any]] = []
-    for group in list(groups.values())[:FINDINGS_SHOWN]:
-        rules = {finding["Title"] for finding in shown}
-        shown.append(next((finding for finding in group if finding["Title"] not in rules), group[0]))
-    return shown
-
-
-def _show_table(findings: list[dict[str, Any]], width: int) -> None:
-    rows = [(_severity(finding), finding["Title"], *_place(finding)) for finding in findings]
-    rows.insert(0, ("severity", "rule", "workload", "instance"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    widths[1] = min(widths[1], max(RULE_COLUMNS_MIN, width - widths[0] - widths[2] - widths[3] - 6))
-    for severity, rule, workload, instance in rows:
-        first, *more = textwrap.wrap(rule, widths[1], break_long_words=False)
-        print(f"{severity:<{widths[0]}}  {first:<{widths[1]}}  {workload:<{widths[2]}}  {instance}".rstrip())
-        for line in more:
-            print(f"{'':<{widths[0]}}  {line}")
-
-
-def _show_finding(finding: dict[str, Any], width: int) -> None:
-    print(f"\n{_severity(finding):<13} {finding['Title']}")
-    first = finding["Resources"][0].get("Details", {}).get("Other", {})
-    for label, text in (
-        ("observed", str(finding["LastObservedAt"])),
-        ("what", finding["Description"]),
-        ("where", ", ".join(f"{key}={value}" for key, value in first.items())),
-        ("types", ", ".join(finding["FindingProviderFields"]["Types"])),
-        ("resources", ", ".join(f"{item['Type']} {item['Id']}" for item in finding["Resources"])),
-        (
-            "log event",
-            "{falco/log_group} {falco/log_stream} id={falco/id}".format(**finding["ProductFields"]),
-        ),
-        ("id", finding["Id"]),
-    ):
-        lines = textwrap.wrap(text, width - 11, break_long_words=False, break_on_hyphens=False)
-        print(f" {label:<9} " + f"\n{'':<11}".join(lines))
-
-
-def _equal(bodies: list[bytes], report: Report, arrived: _Arrived) -> bool:
-    """Compare what arrived with what was acknowledged; says what differs."""
-    decoded = [alert.decode(body).alerts[0] for body in bodies]
-    expected = sum(item.rank <= MINIMUM_RANK and not item.internal for item in decoded)
-    places = [_place(finding) for finding in arrived.findings]
-    named = sum(workload not in {"-", UNKNOWN_POD} for workload, _ in places)
-    hosts = sum(instance != "-" for _, instance in places)
-    print(f"\nenriched: {named} of {len(places)} findings name a workload, {hosts} name an instance")
-    differences = [
-        text
-        for wrong, text in (
-            (report.acknowledged != report.sent, f"not acknowledged: {dict(report.refused)}"),
-            (
-                len(arrived.event_ids) != report.acknowledged
-                or len(set(arrived.event_ids)) != len(arrived.event_ids),
-                f"{report.acknowledged} acknowledged, {len(arrived.event_ids)} log events",
-            ),
-            (
-                len(arrived.findings) != expected,
-                f"{expected} findings expected, {len(arrived.findings)} found",
-            ),
-            (arrived.dead_letters > 0, f"{arrived.dead_letters} dead letters"),
-            (not named, "no finding names a workload"),
-        )
-        if wrong
-    ]
-    for text in differences:
-        print(f"WRONG: {text}")
-    if not differences:
-        print(
-            f"ok: all {report.acknowledged} acknowledged alerts are in CloudWatch Logs;\n"
-            f"    the {expected} of priority Notice and higher are findings in Security Hub"
-        )
-    return not differences
+    return Arrived(ids, findings, dead_letters)
 
 
 def _look_around(ports: _Ports) -> None:

@@ -102,5 +102,5 @@ async def test_log_events_and_findings_show_them(aws: FakeAws, forwarder: Start)
     (event,) = (json.loads(event.message) for event in aws.events())
     assert (event["output_fields"], event["tags"]) == ({"env": "prod", "a": "b"}, ["eu"])
     (finding,) = aws.findings.values()
-    assert finding["ProductFields"]["env"] == "prod"
+    assert finding["ProductFields"]["falco/env"] == "prod"
     assert finding["ProductFields"]["falco/tags"] == "eu"
