@@ -78,7 +78,8 @@ class Issues:
         self._due = Due(len(LABELS), aging_secs=aging_secs, monotonic=clock.monotonic)
         self._pressing: dict[bytes, int] = {}
         self._flying: set[bytes] = set()
-        self._changed: dict[bytes, None] = {}
+        self._changed: dict[bytes, int] = {}
+        """When they were touched."""
         self._details: dict[bytes, Record] = {}
         self._details_removed: dict[bytes, None] = {}
         self._removed: dict[bytes, None] = {}
@@ -115,7 +116,8 @@ class Issues:
                 continue
             if fresh and issue.waits and issue.kind == GROUP:
                 issue = replace(issue, told=issue.count, urgent=False, detail_bytes=0)
-                self._changed[row.key] = self._details_removed[row.key] = None
+                self._changed[row.key] = issue.touched_ms
+                self._details_removed[row.key] = None
             self._table[row.key] = pack(issue)
             self.details_bytes += issue.detail_bytes
             self.untold += issue.untold
@@ -133,12 +135,8 @@ class Issues:
         """What changed since the last time, or None."""
         if not self.has_changes():
             return None
-        rows = []
-        for key in self._changed:
-            state = self._table[key]
-            rows.append(IssueRow(key, unpack(state).touched_ms, state))
         changes = IssueChanges(
-            rows,
+            [IssueRow(key, touched_ms, self._table[key]) for key, touched_ms in self._changed.items()],
             list(self._details.items()),
             list(self._details_removed),
             list(self._removed),
@@ -247,7 +245,7 @@ class Issues:
                 updated_ms = max(now_ms, issue.updated_ms + 1)
                 issue = replace(issue, updated_ms=updated_ms, created_ms=issue.created_ms or updated_ms)
                 self._table[key] = pack(issue)
-                self._changed[key] = None
+                self._changed[key] = issue.touched_ms
             self._flying.add(key)
             claims.append(Claim(key, issue, since))
         return claims
@@ -274,7 +272,7 @@ class Issues:
             self._details_removed[key] = None
             self._details.pop(key, None)
         self._table[key] = pack(issue)
-        self._changed[key] = None
+        self._changed[key] = issue.touched_ms
         self._wait(key, issue)
         return fresh
 
@@ -311,7 +309,7 @@ class Issues:
                 forgotten = True
             elif archive_ms is not None and not issue.archived and issue.detail_bytes:
                 self._table[key] = pack(replace(issue, archived=True, urgent=True))
-                self._changed[key] = None
+                self._changed[key] = issue.touched_ms
                 self._press(key)
         if forgotten:
             self._forgot()
@@ -354,7 +352,7 @@ class Issues:
     def _put(self, key: bytes, issue: Issue, record: Record, detail_bytes_before: int) -> None:
         self._table[key] = pack(issue)
         self.details_bytes += issue.detail_bytes - detail_bytes_before
-        self._changed[key] = None
+        self._changed[key] = issue.touched_ms
         self._removed.pop(key, None)
         self._details_removed.pop(key, None)
         self._details[key] = record
