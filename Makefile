@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test fmt lint types cov check docs docs-check bench bench-enrichment crash-test cluster-tools test-cluster test-promql lock clean
+.PHONY: setup demo test fmt lint types cov check docs docs-check bench bench-enrichment bench-findings crash-test cluster-tools test-cluster test-promql lock clean
 
 setup: $(STAMP)
 
@@ -56,6 +56,11 @@ bench: setup
 # What enrichment costs: memory and pauses with 10,000 pods, CPU an alert, answers with the API server stopped.
 bench-enrichment: setup
 	$(BIN)/python bench/enrichment.py $(ARGS)
+
+# What rules and aggregation cost for each alert, and memory under a flood of distinct issues.
+bench-findings: setup
+	$(BIN)/python bench/rules.py
+	$(BIN)/python bench/aggregation.py
 
 # Kills real processes with SIGKILL, and cuts the power in simulation (needs a C compiler).
 crash-test: setup
