@@ -24,7 +24,8 @@ from forwarder.asff import SEVERITIES
 from forwarder.delivery_admission import Admission
 from forwarder.delivery_counting import Counting
 from forwarder.issue_key import key_of
-from forwarder.issues import Clock, Issues
+from forwarder.issues import Issues
+from forwarder.issues_due import Clock
 from forwarder.issues_settings import AggregationSettings
 from forwarder.record import Record
 from forwarder.rules import RuleBook

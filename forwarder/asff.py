@@ -210,7 +210,9 @@ def _varying(seen: Occurrences, description: str, fields: Mapping[str, str]) -> 
 
 def finding_id(record: Record, context: Context, seen: Occurrences) -> str:
     """``falco/{region}/{account}/{cluster}/`` and what identifies the issue, or the alert."""
-    cluster = cluster_of(context, record.enrichment)
+    cluster = context.cluster or (
+        cluster_of(context, record.enrichment) if seen.cluster is None else seen.cluster
+    )
     return cut(f"falco/{context.region}/{context.account}/{cluster or '-'}/{seen.identity}", 512)
 
 

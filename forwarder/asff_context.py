@@ -66,6 +66,8 @@ class Occurrences(NamedTuple):
     """Instead of those that follow from tags and source."""
     remediation: Advice | None = None
     """Instead of the configured one of the rule."""
+    cluster: str | None = None
+    """The discovered cluster in the Id; None: that of the alert."""
 
 
 class UnmappableError(Exception):

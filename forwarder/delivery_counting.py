@@ -15,7 +15,7 @@ from typing import NamedTuple
 import structlog
 from msgspec.structs import replace
 
-from forwarder.delivery_admission import Admission
+from forwarder.delivery_admission import Admission, Admitted
 from forwarder.delivery_round import DETAIL_LENGTH_MAX
 from forwarder.facts import Facts
 from forwarder.issue import LEVELS, Sighting
@@ -63,6 +63,8 @@ class Counting:
         self._key = key
         self._complete = complete
         self._now = now
+        self._refused: tuple[Record, Record, Admitted] | None = None
+        """The record that found no room, as stored and as completed, and what was seen of it."""
 
     def take(self, records: list[Record]) -> Slice:
         """Count records until there is no room. Synchronous: whoever calls this submits the changes before anything else runs."""
@@ -92,25 +94,34 @@ class Counting:
 
     def _take_one(self, record: Record) -> str | None:
         """Nothing where it was counted, the reason where the sink does not take it, None where there is no room."""
-        if record.unresolved:
-            record = self._complete(record)
-        looked = self._admission.look(record)
-        if looked is None:
-            return "not_a_finding"
-        if looked.reason:
-            return looked.reason
+        if self._refused is not None and self._refused[0] is record:
+            _, record, looked = self._refused  # found no room the last time: rules count an alert once
+        else:
+            first = record
+            if record.unresolved:
+                record = self._complete(record)
+            admitted = self._admission.look(record)
+            if admitted is None:
+                return "not_a_finding"
+            looked = admitted
+            self._refused = (first, record, looked)
+        done = bool(looked.reason) or self._count(record, looked)
+        if done:
+            self._refused = None
+        return looked.reason if done else None
+
+    def _count(self, record: Record, looked: Admitted) -> bool:
         facts = looked.facts
         sighting = Sighting(
             _detail(record),
             LEVELS[looked.verdict.severity or self._severities[record.priority]],
             facts.priority,
             f"{facts.namespace}/{facts.pod}" if facts.pod else "",
+            facts.cluster,
         )
         if self._key is None:
-            done = self._issues.count(hashed(["alert", record.id]), sighting, single=record.id)
-        else:
-            done = self._issues.count(self._key(facts), sighting)
-        return "" if done else None
+            return self._issues.count(hashed(["alert", record.id]), sighting, single=record.id)
+        return self._issues.count(self._key(facts), sighting)
 
     def _letter(self, record: Record, error: Exception) -> DeadLetter:
         return DeadLetter(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import structlog
@@ -31,8 +31,8 @@ from forwarder.contract import (
 from forwarder.delivery_calls import BACKOFF_BASE_SECS, BACKOFF_MAX_SECS, Courier
 from forwarder.delivery_round import DELIVERED, LIMITED_ATTEMPTS_MAX, Round, Tally
 from forwarder.facts import facts_of
-from forwarder.issue import GROUP, LABELS, NOTICE, SINGLE, Claim, Issue
-from forwarder.issues import Issues, identity
+from forwarder.issue import GROUP, LABELS, NOTICE, SINGLE, Claim, Issue, identity
+from forwarder.issues import Issues
 from forwarder.metrics import Metrics
 from forwarder.record import ALERT, DeadLetter, Record
 from forwarder.rules import NO_RULE, RuleBook, Verdict
@@ -74,7 +74,9 @@ class Telling:
         self._rules = rules
         self._metrics = metrics
         self._now = now
-        self._attempts: Counter[bytes] = Counter()
+        self._refusals: Counter[bytes] = Counter()
+        """Of the kind that is given up in the end."""
+        self._put_back: Counter[bytes] = Counter()
         self._unclaimed = 0
         self.wake = asyncio.Event()
         """Set by whoever changes the table."""
@@ -87,19 +89,23 @@ class Telling:
         """Until all is told on drain. Raises ``Stop`` where that fails."""
         issues = self._issues
         await self._courier.open()
+        loop = asyncio.get_running_loop()
         delay = BACKOFF_BASE_SECS
-        under_way: set[asyncio.Task[DeliveryError | None]] = set()
+        waited_at = -1.0
+        """When the last wait began: failures of calls from before it are failures of the same moment."""
+        under_way: dict[asyncio.Task[DeliveryError | None], float] = {}
         try:
             while not (self.counted_all and not issues.due and not under_way):
                 while self._has_turn(len(under_way)):
                     self._unclaimed += 1
-                    under_way.add(asyncio.create_task(self._tell_some()))
+                    under_way[asyncio.create_task(self._tell_some())] = loop.time()
                 done = await self._something(under_way)
-                under_way -= done
-                errors = [error for task in done if (error := task.result())]
+                ended = [(under_way.pop(task), task.result()) for task in done]
+                errors = [error for began, error in ended if error is not None and began > waited_at]
                 if not errors:
-                    delay = BACKOFF_BASE_SECS if done else delay
+                    delay = BACKOFF_BASE_SECS if any(error is None for _, error in ended) else delay
                     continue
+                waited_at = loop.time()
                 blocked = next((error for error in errors if isinstance(error, Blocked | Permission)), None)
                 if blocked is not None:
                     await self._courier.pause(blocked)
@@ -116,7 +122,7 @@ class Telling:
         return wanted and under_way < max(1, int(self._sink.pace.limit))
 
     async def _something(
-        self, under_way: set[asyncio.Task[DeliveryError | None]]
+        self, under_way: Collection[asyncio.Task[DeliveryError | None]]
     ) -> set[asyncio.Task[DeliveryError | None]]:
         """Wait until a call ends, an issue is due, or counting has news."""
         issues, loop = self._issues, asyncio.get_running_loop()
@@ -151,8 +157,10 @@ class Telling:
             return failure
         finally:
             self._unclaimed -= waiting
-            # Also when cancelled: what the service accepted is written down.
-            await asyncio.shield(self._conclude(claims, current))
+            # Also when cancelled what the service accepted is handed to the spool, which waits for it when it is closed.
+            written = self._conclude(claims, current)
+            if written is not None and not _is_cancelled():
+                await written
 
     async def _attempt(self, current: Round, batch: list[Item]) -> DeliveryError | None:
         """One call; a refusal of the call as a whole, or nothing. Raises what asks for patience."""
@@ -174,7 +182,7 @@ class Telling:
                 current.bury(index, "broken_block", "the issue's latest alert cannot be read", self._now())
                 continue
             verdict = self._verdict(claim.issue, record)
-            if verdict.silenced or verdict.drop:
+            if (verdict.silenced or verdict.drop) and not claim.issue.archived:
                 # A silence of this moment: nothing more is told of what was counted before it.
                 current.outcomes[index] = "silence" if verdict.silenced else "drop"
                 continue
@@ -208,6 +216,7 @@ class Telling:
             title=issue.title,
             types=verdict.finding_types,
             remediation=verdict.remediation,
+            cluster=issue.cluster if issue.kind == GROUP else None,
         )
 
     def _encode(self, current: Round, index: int, seen: Occurrences) -> Item | None:
@@ -224,10 +233,10 @@ class Telling:
 
     # ---- what became of it --------------------------------------------------------------------------
 
-    async def _conclude(self, claims: list[Claim], current: Round) -> None:
+    def _conclude(self, claims: list[Claim], current: Round) -> asyncio.Future[None] | None:
         """Write down what was told and what is buried; the rest goes back."""
         if not claims:
-            return
+            return None
         letters: list[DeadLetter] = []
         dead: Counter[str] = Counter()
         filtered: Counter[str] = Counter()
@@ -236,8 +245,10 @@ class Telling:
             outcome = current.outcomes.get(index) or self._tired(claim, index, current)
             if outcome is None:
                 continue
-            self._attempts.pop(claim.key, None)
-            alerts = self._issues.settle(claim)
+            self._refusals.pop(claim.key, None)
+            self._put_back.pop(claim.key, None)
+            sent = outcome == DELIVERED or isinstance(outcome, DeadLetter)
+            alerts = self._issues.settle(claim, sent=sent)
             if outcome == DELIVERED:
                 delivered += alerts
                 self._metrics.finding_updates[_reason(claim.issue)].inc()
@@ -257,21 +268,28 @@ class Telling:
         size_bytes = sum([item.size_bytes for item in accepted])
         tally = Tally(delivered, filtered, 0, 0, dead, size_bytes, 0, 0, min(received) if received else None)
         self._courier.progress.count(tally, self._now())
-        await self._submit(None, letters)
+        return self._submit(None, letters)
 
     def _tired(self, claim: Claim, index: int, current: Round) -> DeadLetter | str | None:
         """An undecided claim goes back, unless the service refused it in this way too often."""
-        reject = current.again.get(index)
-        if reject is None:
+        key, reject = claim.key, current.again.get(index)
+        if reject is None or reject.again is Again.BLOCKED:
             self._issues.put_back(claim)
             return None
-        self._attempts[claim.key] += 1
-        attempts = self._attempts[claim.key]
-        if reject.again is Again.LIMITED and attempts >= LIMITED_ATTEMPTS_MAX:
+        self._put_back[key] += 1
+        self._refusals[key] += reject.again is Again.LIMITED
+        if reject.again is Again.LIMITED and self._refusals[key] >= LIMITED_ATTEMPTS_MAX:
             current.bury(index, reject.reason, reject.detail, self._now())
             return current.outcomes[index]
-        self._issues.put_back(claim, min(BACKOFF_MAX_SECS, BACKOFF_BASE_SECS * 2 ** min(attempts, 10)))
+        self._issues.put_back(
+            claim, min(BACKOFF_MAX_SECS, BACKOFF_BASE_SECS * 2 ** min(self._put_back[key], 10))
+        )
         return None
+
+
+def _is_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _reason(issue: Issue) -> str:

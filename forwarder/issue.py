@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from forwarder.issue_key import hashed
 from forwarder.record import Record
 
 LABELS = ("INFORMATIONAL", "LOW", "MEDIUM", "HIGH", "CRITICAL")
@@ -21,8 +22,10 @@ LEVELS = {label: level for level, label in enumerate(LABELS)}
 GROUP, SINGLE, NOTICE = 0, 1, 2
 """Many alerts; one alert, where aggregation is off; something the forwarder itself has to tell."""
 IDS_MAX, PODS_MAX = 5, 10
-POD_LENGTH_MAX = 317
-"""namespace/pod at most."""
+POD_LENGTH_MAX, PODS_LENGTH_MAX = 317, 1024
+"""namespace/pod at most, and all of them together."""
+PRIORITY_LENGTH_MAX = 64
+"""What a finding shows of it."""
 NANOSECONDS = 1_000_000
 
 
@@ -67,6 +70,8 @@ class Issue(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The alert's id (``SINGLE``), the notice's key (``NOTICE``)."""
     title: str = ""
     """Of a notice."""
+    cluster: str = ""
+    """The discovered cluster when it began: part of the Id, so it stays."""
 
     @property
     def untold(self) -> int:
@@ -87,6 +92,7 @@ class Sighting(NamedTuple):
     priority: str
     pod: str
     """``namespace/pod``, or nothing."""
+    cluster: str = ""
 
 
 class Claim(NamedTuple):
@@ -116,12 +122,13 @@ def begun(sighting: Sighting, *, kind: int, generation: int, now_ms: int, name: 
         record.time_ns,
         sighting.level,
         record.priority,
-        sighting.priority,
+        sighting.priority[:PRIORITY_LENGTH_MAX],
         (record.id,),
         (sighting.pod[:POD_LENGTH_MAX],) if sighting.pod else (),
         now_ms,
         detail_bytes=record.size_bytes,
         name=name,
+        cluster=sighting.cluster,
     )
 
 
@@ -129,7 +136,7 @@ def counted(issue: Issue, sighting: Sighting, now_ms: int) -> Issue:
     """The issue with one more alert. A rise in severity or priority is to be told at once, and so is a return from the archive."""
     record = sighting.record
     pods, pod = issue.pods, sighting.pod[:POD_LENGTH_MAX]
-    if pod and len(pods) < PODS_MAX and pod not in pods:
+    if pod and pod not in pods and len(pods) < PODS_MAX and sum(map(len, pods)) + len(pod) <= PODS_LENGTH_MAX:
         pods = (*pods, pod)
     higher = record.priority < issue.rank
     time_ns = record.time_ns
@@ -142,7 +149,7 @@ def counted(issue: Issue, sighting: Sighting, now_ms: int) -> Issue:
         max(time_ns, issue.last_ns),
         max(sighting.level, issue.level),
         record.priority if higher else issue.rank,
-        sighting.priority if higher else issue.priority,
+        sighting.priority[:PRIORITY_LENGTH_MAX] if higher else issue.priority,
         (*issue.ids[1 - IDS_MAX :], record.id),
         pods,
         max(now_ms, issue.touched_ms),
@@ -155,4 +162,10 @@ def counted(issue: Issue, sighting: Sighting, now_ms: int) -> Issue:
         record.size_bytes,
         issue.name,
         issue.title,
+        issue.cluster,
     )
+
+
+def identity(key: bytes, issue: Issue) -> str:
+    """Last part of the finding's Id: the hash of the key, and of the generation where issues were forgotten before it began."""
+    return (hashed([key.hex(), issue.generation]) if issue.generation else key).hex()

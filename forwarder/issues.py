@@ -16,10 +16,9 @@ After a crash ``load`` has what was last written; what was told but not noted is
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Iterator
 from itertools import islice
-from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -37,23 +36,20 @@ from forwarder.issue import (
     pack,
     unpack,
 )
-from forwarder.issue_key import hashed
-from forwarder.issues_due import Due, Waiting
+from forwarder.issues_due import Clock, Due, Waiting
+from forwarder.issues_journal import Journal
 from forwarder.issues_settings import AggregationSettings
 from forwarder.record import Record
-from forwarder.spool_values import IssueChanges, IssueRow, StoredIssues
+from forwarder.spool_values import IssueChanges, StoredIssues
 
 EVICTED_SHARE = 16
+ISSUE_BYTES_USUAL = 512
+"""Of memory: a table of larger ones holds fewer."""
+NOTICES_MAX, NOTICE_DAYS_MAX = 10_000, 90
+"""The service itself forgets a finding after so long: until then a notice keeps its count and its creation."""
 DAY_MS = 86_400_000
 HOUSEKEEPING_ISSUES_MAX = 2_000
 """Looked at in one go, so that the event loop is not held up."""
-
-
-class Clock(NamedTuple):
-    """Wall clock for what is told, a monotonic one for waiting."""
-
-    now_ms: Callable[[], int]
-    monotonic: Callable[[], float]
 
 
 class Issues:
@@ -67,23 +63,24 @@ class Issues:
         aging_secs: float,
         entries_max: int,
         details_bytes_max: int,
+        table_bytes_max: int = 1 << 40,
     ) -> None:
-        """``entries_max`` and ``details_bytes_max`` are what fits the spool's volume."""
+        """``entries_max``, ``table_bytes_max`` and ``details_bytes_max`` are what fits the spool's volume."""
         self._settings = settings
         self._clock = clock
         self.entries_max = min(entries_max, settings.entries_max)
+        self._table_bytes_max = min(table_bytes_max, self.entries_max * ISSUE_BYTES_USUAL)
         self._details_bytes_max = details_bytes_max
+        self._table_bytes = 0
+        self._hurrying = False
+        self._unlooked: deque[bytes] = deque()
+        """Keys that this round of housekeeping has not looked at."""
         self._table: OrderedDict[bytes, bytes] = OrderedDict()
         self._notices: dict[bytes, str] = {}
         self._due = Due(len(LABELS), aging_secs=aging_secs, monotonic=clock.monotonic)
         self._pressing: dict[bytes, int] = {}
         self._flying: set[bytes] = set()
-        self._changed: dict[bytes, int] = {}
-        """When they were touched."""
-        self._details: dict[bytes, Record] = {}
-        self._details_removed: dict[bytes, None] = {}
-        self._removed: dict[bytes, None] = {}
-        self._generation_changed = False
+        self._journal = Journal()
         self.generation = 0
         self.untold = 0
         """Alerts counted whose finding does not say so yet."""
@@ -93,7 +90,8 @@ class Issues:
         self.evicted = 0
 
     def __len__(self) -> int:
-        return len(self._table)
+        """Issues of alerts; notices take no room from them."""
+        return len(self._table) - len(self._notices)
 
     # ---- what was stored ----------------------------------------------------------------------------
 
@@ -103,22 +101,24 @@ class Issues:
         ``fresh``: the sink begins at the present. Counts go on, but what waited to be told waits no more.
         """
         self.generation = stored.generation
-        broken = stored.broken
+        broken = len(stored.broken)
+        for key in stored.broken:
+            self._journal.removed(key)
         for row in stored.rows:
             try:
                 issue = unpack(row.state)
             except msgspec.MsgspecError:
                 broken += 1
-                self._removed[row.key] = None
+                self._journal.removed(row.key)
                 continue
             if fresh and issue.kind == SINGLE:
-                self._removed[row.key] = None
+                self._journal.removed(row.key)
                 continue
             if fresh and issue.waits and issue.kind == GROUP:
                 issue = replace(issue, told=issue.count, urgent=False, detail_bytes=0)
-                self._changed[row.key] = issue.touched_ms
-                self._details_removed[row.key] = None
-            self._table[row.key] = pack(issue)
+                self._journal.changed(row.key, issue.touched_ms)
+                self._journal.detail_removed(row.key)
+            self._store(row.key, issue)
             self.details_bytes += issue.detail_bytes
             self.untold += issue.untold
             if issue.kind == NOTICE:
@@ -129,22 +129,11 @@ class Issues:
         return broken
 
     def has_changes(self) -> bool:
-        return bool(self._changed or self._removed or self._details_removed or self._generation_changed)
+        return bool(self._journal)
 
     def changes(self) -> IssueChanges | None:
         """What changed since the last time, or None."""
-        if not self.has_changes():
-            return None
-        changes = IssueChanges(
-            [IssueRow(key, touched_ms, self._table[key]) for key, touched_ms in self._changed.items()],
-            list(self._details.items()),
-            list(self._details_removed),
-            list(self._removed),
-            self.generation if self._generation_changed else None,
-        )
-        self._changed, self._details, self._details_removed, self._removed = {}, {}, {}, {}
-        self._generation_changed = False
-        return changes
+        return self._journal.take(self._table)
 
     # ---- counting -----------------------------------------------------------------------------------
 
@@ -167,19 +156,17 @@ class Issues:
                 return False
             kind = SINGLE if single else GROUP
             issue = begun(sighting, kind=kind, generation=self.generation, now_ms=now_ms, name=single)
-            before = 0
+            before, level_before = 0, issue.level
         else:
             known = unpack(packed)
             issue = counted(known, sighting, now_ms)
-            before = known.detail_bytes
+            before, level_before = known.detail_bytes, known.level
         self._put(key, issue, sighting.record, before)
-        self._table.move_to_end(key)
         self.untold += 1
         if key in self._pressing:
             self._pressing[key] += 1
             self.due_alerts += 1
-            if self._due.level(key) not in {None, issue.level}:
-                self._due.push(key, issue.level)
+            self._move(key, issue, rose=issue.level > level_before)
         else:
             self._wait(key, issue)
         return True
@@ -188,6 +175,8 @@ class Issues:
         """A notice of our own: begins its issue, or goes on with it. Told at once where it is urgent."""
         packed = self._table.get(key)
         before = 0
+        if packed is None and len(self._notices) >= NOTICES_MAX:
+            return  # so many things are wrong that one more is no news
         if packed is not None:
             known = unpack(packed)
             before = known.detail_bytes
@@ -244,14 +233,17 @@ class Issues:
             if issue.kind != SINGLE:
                 updated_ms = max(now_ms, issue.updated_ms + 1)
                 issue = replace(issue, updated_ms=updated_ms, created_ms=issue.created_ms or updated_ms)
-                self._table[key] = pack(issue)
-                self._changed[key] = issue.touched_ms
+                self._store(key, issue)
+                self._journal.changed(key, issue.touched_ms)
             self._flying.add(key)
             claims.append(Claim(key, issue, since))
         return claims
 
-    def settle(self, claim: Claim) -> int:
-        """The service accepted the claim, or refused it for good: how many alerts are told by that."""
+    def settle(self, claim: Claim, *, sent: bool = True) -> int:
+        """The service accepted the claim, or refused it for good: how many alerts are told by that.
+
+        Not ``sent``: a silence kept it back, so what comes after the silence does not wait for an update's time.
+        """
         key, told = claim.key, claim.issue
         issue = unpack(self._table[key])
         self._flying.discard(key)
@@ -260,19 +252,17 @@ class Issues:
         self.untold -= fresh
         rose = issue.level > told.level or issue.rank < told.rank or issue.archived != told.archived
         issue = replace(
-            issue, told=told.count, urgent=rose, step=issue.step + 1, told_ms=self._clock.now_ms()
+            issue, told=told.count, urgent=rose, step=issue.step + sent, told_ms=self._clock.now_ms()
         )
-        over = issue.kind == SINGLE or (issue.kind == NOTICE and issue.archived)
-        if over and not issue.waits:
+        if issue.kind == SINGLE and not issue.waits:
             self._remove(key, issue.detail_bytes)
             return fresh
         if not issue.waits and not self._keeps_detail(issue):
             self.details_bytes -= issue.detail_bytes
             issue = replace(issue, detail_bytes=0)
-            self._details_removed[key] = None
-            self._details.pop(key, None)
-        self._table[key] = pack(issue)
-        self._changed[key] = issue.touched_ms
+            self._journal.detail_removed(key)
+        self._store(key, issue)
+        self._journal.changed(key, issue.touched_ms)
         self._wait(key, issue)
         return fresh
 
@@ -282,12 +272,17 @@ class Issues:
         if delay_secs > 0:
             self._due.later(claim.key, delay_secs)
         else:
-            self._due.push_first(Waiting(claim.key, claim.since), unpack(self._table[claim.key]).level)
+            self._due.put_back(Waiting(claim.key, claim.since), unpack(self._table[claim.key]).level)
 
     def hurry(self) -> None:
-        """Everything that waits for its time is due now: the process ends, and its volume may end with it."""
-        for key in self._due.ripe(all_of_them=True):
+        """What waits for its time is due now; what was put back keeps its back-off."""
+        for key in self._due.hurry(but_for=self._pressing):
             self._press(key)
+
+    def finish(self) -> None:
+        """From now on nothing waits for its time: the process ends, and its volume may end with it."""
+        self._hurrying = True
+        self.hurry()
 
     # ---- forgetting ---------------------------------------------------------------------------------
 
@@ -298,26 +293,40 @@ class Issues:
         archive_days = self._settings.archive_after_idle_days
         archive_ms = now_ms - int(archive_days * DAY_MS) if archive_days else None
         forgotten = False
-        for key in list(islice(self._table, HOUSEKEEPING_ISSUES_MAX)):
-            issue = unpack(self._table[key])
-            if issue.touched_ms > max(forget_ms, archive_ms or 0):
-                break
-            if self._is_waiting(key) or issue.kind == NOTICE:
+        if not self._unlooked:
+            self._unlooked.extend(self._table)
+        for _ in range(min(HOUSEKEEPING_ISSUES_MAX, len(self._unlooked))):
+            key = self._unlooked.popleft()
+            packed = self._table.get(key)
+            if packed is None:
                 continue
-            if issue.touched_ms <= forget_ms:
-                self._remove(key, issue.detail_bytes)
-                forgotten = True
-            elif archive_ms is not None and not issue.archived and issue.detail_bytes:
-                self._table[key] = pack(replace(issue, archived=True, urgent=True))
-                self._changed[key] = issue.touched_ms
-                self._press(key)
+            issue = unpack(packed)
+            if issue.touched_ms > max(forget_ms, archive_ms or 0):
+                self._unlooked.clear()  # the rest was touched later
+                break
+            if not self._is_waiting(key):
+                forgotten |= self._retire(key, issue, forget_ms, archive_ms)
         if forgotten:
             self._forgot()
 
-    def _make_room(self) -> bool:
-        if len(self._table) < self.entries_max:
+    def _retire(self, key: bytes, issue: Issue, forget_ms: int, archive_ms: int | None) -> bool:
+        """Archive or forget one idle issue; whether it was forgotten."""
+        if issue.kind == NOTICE:
+            forget_ms, archive_ms = self._clock.now_ms() - NOTICE_DAYS_MAX * DAY_MS, None
+        if issue.touched_ms <= forget_ms:
+            self._remove(key, issue.detail_bytes)
             return True
-        wanted = max(1, self.entries_max // EVICTED_SHARE)
+        if archive_ms is not None and not issue.archived and issue.detail_bytes:
+            self._store(key, replace(issue, archived=True, urgent=True))
+            self._journal.changed(key, issue.touched_ms)
+            self._press(key)
+        return False
+
+    def _make_room(self) -> bool:
+        excess = len(self) - self.entries_max + 1
+        if excess <= 0 and self._table_bytes < self._table_bytes_max:
+            return True
+        wanted = max(1, excess, self.entries_max // EVICTED_SHARE)
         idle = (key for key in self._table if not self._is_waiting(key) and key not in self._notices)
         victims = list(islice(idle, wanted))
         for key in victims:
@@ -330,17 +339,14 @@ class Issues:
         return True
 
     def _remove(self, key: bytes, detail_bytes: int) -> None:
-        del self._table[key]
+        self._table_bytes -= len(self._table.pop(key))
         self._notices.pop(key, None)
         self.details_bytes -= detail_bytes
-        self._changed.pop(key, None)
-        self._details.pop(key, None)
-        self._details_removed.pop(key, None)
-        self._removed[key] = None
+        self._journal.removed(key)
 
     def _forgot(self) -> None:
         self.generation += 1
-        self._generation_changed = True
+        self._journal.forgot(self.generation)
 
     def _keeps_detail(self, issue: Issue) -> bool:
         """Archiving takes a whole finding, so the latest alert stays where that is wanted and there is room."""
@@ -350,19 +356,29 @@ class Issues:
     # ---- waiting ------------------------------------------------------------------------------------
 
     def _put(self, key: bytes, issue: Issue, record: Record, detail_bytes_before: int) -> None:
-        self._table[key] = pack(issue)
+        self._store(key, issue)
+        self._table.move_to_end(key)
         self.details_bytes += issue.detail_bytes - detail_bytes_before
-        self._changed[key] = issue.touched_ms
-        self._removed.pop(key, None)
-        self._details_removed.pop(key, None)
-        self._details[key] = record
+        self._journal.changed(key, issue.touched_ms)
+        self._journal.detail(key, record)
+
+    def _store(self, key: bytes, issue: Issue) -> None:
+        packed = pack(issue)
+        self._table_bytes += len(packed) - len(self._table.get(key, b""))
+        self._table[key] = packed
+
+    def _move(self, key: bytes, issue: Issue, *, rose: bool) -> None:
+        """An issue that is due or was put back has risen: it goes to its new place, at once."""
+        level = self._due.level(key)
+        if (level is None and rose and key not in self._flying) or level not in {None, issue.level}:
+            self._due.push(key, issue.level)
 
     def _is_waiting(self, key: bytes) -> bool:
         return key in self._pressing or self._due.is_later(key)
 
     def _wait(self, key: bytes, issue: Issue) -> None:
         """Put an issue where it belongs: due now, due later, or nowhere."""
-        if issue.urgent:
+        if issue.urgent or (issue.waits and self._hurrying):
             self._press(key)
         elif issue.waits and not self._due.is_later(key):
             flushes = self._settings.flush_secs
@@ -382,8 +398,3 @@ class Issues:
             self._pressing[key] = issue.untold
             self.due_alerts += issue.untold
         self._due.push(key, issue.level)
-
-
-def identity(key: bytes, issue: Issue) -> str:
-    """Last part of the finding's Id: the hash of the key, and of the generation where issues were forgotten before it began."""
-    return (hashed([key.hex(), issue.generation]) if issue.generation else key).hex()

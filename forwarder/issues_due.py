@@ -1,13 +1,14 @@
 """Who is told next: queues by severity for what is due, a heap for what is due later. Pure.
 
-The most severe goes first. A quarter of what is taken at a time is kept for those that have waited half of ``aging_secs``, the oldest first:
-nothing starves, and nothing severe waits behind what is not.
+The most severe goes first. A quarter of what is taken at a time is kept for those that have waited half of ``aging_secs``: in turns the
+oldest of each level, from the lowest up. Nothing starves, even where the more severe alone are more than fits, and nothing severe waits
+behind what is not.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from heapq import heappop, heappush
 from typing import NamedTuple
 
@@ -19,6 +20,13 @@ class Waiting(NamedTuple):
 
     key: bytes
     since: float
+
+
+class Clock(NamedTuple):
+    """Wall clock for what is told, a monotonic one for waiting."""
+
+    now_ms: Callable[[], int]
+    monotonic: Callable[[], float]
 
 
 class Due:
@@ -49,10 +57,15 @@ class Due:
         self._levels[key] = level
         self._queues[level].append(Waiting(key, self._monotonic()))
 
-    def push_first(self, waiting: Waiting, level: int) -> None:
-        """Back to the head of its queue, with the time it has waited."""
+    def put_back(self, waiting: Waiting, level: int) -> None:
+        """Back to its place in its queue, by the time it has waited."""
         self._levels[waiting.key] = level
-        self._queues[level].appendleft(waiting)
+        queue = self._queues[level]
+        before: list[Waiting] = []
+        while queue and queue[0].since <= waiting.since:
+            before.append(queue.popleft())
+        queue.appendleft(waiting)
+        queue.extendleft(reversed(before))
 
     def later(self, key: bytes, delay_secs: float) -> None:
         """Due after a while."""
@@ -60,10 +73,17 @@ class Due:
         self._later[key] = at
         heappush(self._heap, (at, key))
 
-    def ripe(self, *, all_of_them: bool = False) -> Iterator[bytes]:
-        """Keys whose time has come, or all that wait for theirs; each must be pushed."""
+    def hurry(self, but_for: Container[bytes]) -> list[bytes]:
+        """Keys that wait for their time, except those; each must be pushed."""
+        keys = [key for key in self._later if key not in but_for]
+        for key in keys:
+            del self._later[key]
+        return keys
+
+    def ripe(self) -> Iterator[bytes]:
+        """Keys whose time has come; each must be pushed."""
         now = self._monotonic()
-        while self._heap and (all_of_them or self._heap[0][0] <= now):
+        while self._heap and self._heap[0][0] <= now:
             at, key = heappop(self._heap)
             if self._later.get(key) == at:
                 del self._later[key]
@@ -89,18 +109,17 @@ class Due:
         return chosen
 
     def _aged(self, count_max: int) -> list[Waiting]:
-        """Those that have waited too long, the oldest first."""
+        """Those that have waited too long."""
         limit = self._monotonic() - self._aging_secs / 2
         chosen: list[Waiting] = []
-        while len(chosen) < count_max:
-            heads = [
-                (head.since, level)
-                for level in range(len(self._queues))
-                if (head := self._head(level)) and head.since <= limit
-            ]
-            if not heads:
-                break
-            chosen.append(self._pop(min(heads)[1]))
+        found = True
+        while found:
+            found = False
+            for level in range(len(self._queues)):
+                head = self._head(level)
+                if head is not None and head.since <= limit and len(chosen) < count_max:
+                    chosen.append(self._pop(level))
+                    found = True
         return chosen
 
     def _pop(self, level: int) -> Waiting:

@@ -266,7 +266,7 @@ class Metrics:
         )
         updates = self._counter(
             "finding_updates",
-            "Findings the service accepted. first: a new one; priority: more severe than before; count: more alerts; "
+            "Findings the service accepted. first: a new one; priority: more severe than before, or back from the archive; count: more alerts; "
             "archive: idle for long; notice: of the forwarder itself",
             "reason",
         )

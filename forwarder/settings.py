@@ -87,7 +87,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         dict[str, str] | str,
         setting(
             "Fields for `output_fields` of every alert, as in falcosidekick: a mapping, or text like `key:value,key:value`; a value "
-            "`%NAME` is that of an environment variable. What Falco sent itself stays."
+            "`%NAME` is that of an environment variable. What Falco sent itself stays, and so does the alert's `id`, which is that of the bytes as sent."
         ),
     ] = msgspec.field(default_factory=dict)
     customtags: Annotated[

@@ -50,11 +50,11 @@ def write(db: sqlite3.Connection, changes: IssueChanges) -> None:
 def load(db: sqlite3.Connection) -> StoredIssues:
     """All of them; broken ones are counted and left out."""
     rows: list[IssueRow] = []
-    broken = 0
+    broken: list[bytes] = []
     for key, touched, value in db.execute("SELECT key, touched, state FROM issue ORDER BY touched"):
         state = _opened(value)
         if state is None:
-            broken += 1
+            broken.append(key)
         else:
             rows.append(IssueRow(key, touched, state))
     found = db.execute("SELECT value FROM meta WHERE key=?", (GENERATION,)).fetchone()

@@ -52,6 +52,7 @@ LOCK_NAME = "spool.lock"
 PAGE_BYTES = 4096
 BLOCK_OVERHEAD_BYTES = 96
 PACKED_BYTES_MAX = 1024
+UPGRADE_PAGES = 16
 BROKEN = -1
 COMPRESS_BYTES_MIN = 512
 DECOMPRESSED_BYTES_MAX = 256 << 20
@@ -223,8 +224,7 @@ def _check(connection: sqlite3.Connection) -> None:
                 connection.execute(statement)
             _add_issues(connection)
         elif version < ISSUES_SINCE and tables:
-            connection.execute("BEGIN IMMEDIATE")
-            _add_issues(connection)
+            _upgrade(connection)
         (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
             raise sqlite3.DatabaseError(f"quick_check: {verdict}")
@@ -245,6 +245,17 @@ def _add_issues(connection: sqlite3.Connection) -> None:
     connection.execute("INSERT INTO meta VALUES (?,?)", (SPOOL_ID, secrets.randbits(SPOOL_ID_BITS)))
     connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
     connection.execute("COMMIT")
+
+
+def _upgrade(connection: sqlite3.Connection) -> None:
+    """From version 1, also where every page that was allowed is in use."""
+    ((pages,), (limit,)) = (
+        connection.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "max_page_count")
+    )
+    connection.execute(f"PRAGMA max_page_count={max(limit, pages + UPGRADE_PAGES)}")
+    connection.execute("BEGIN IMMEDIATE")
+    _add_issues(connection)
+    connection.execute(f"PRAGMA max_page_count={limit}")
 
 
 def spool_id(connection: sqlite3.Connection) -> str:

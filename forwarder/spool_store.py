@@ -25,6 +25,7 @@ from forwarder.spool_ballast import Ballast, fitting_bytes
 from forwarder.spool_schema import (
     BROKEN,
     BrokenBlockError,
+    Opened,
     SpoolUnusableError,
     block_cost,
     decode_block,
@@ -80,9 +81,7 @@ class Store:
         self._bytes_max = fitting_bytes(self._directory, self._bytes_max)
         self._ballast = Ballast(self._directory, self._bytes_max)
         suffix = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        opened = open_database(
-            self._directory, full_sync=self._full_sync, bytes_max=self._bytes_max, suffix=suffix
-        )
+        opened = self._opened(suffix)
         self._db = opened.connection
         try:
             self._adopt(sinks, salvaged=opened.quarantined is not None)
@@ -109,6 +108,19 @@ class Store:
             fresh=self._fresh,
             id=spool_id(self._db),
         )
+
+    def _opened(self, suffix: str) -> Opened:
+        """The database; an upgrade may need the ballast's room."""
+        for attempt in (1, 2):
+            try:
+                return open_database(
+                    self._directory, full_sync=self._full_sync, bytes_max=self._bytes_max, suffix=suffix
+                )
+            except SpoolUnusableError as error:
+                if attempt == 2 or not isinstance(error.__cause__, Exception) or not is_full(error.__cause__):  # noqa: PLR2004
+                    raise
+                self._ballast.give_up()
+        raise AssertionError
 
     def _adopt(self, wanted: set[str], *, salvaged: bool) -> None:
         """Find the end of the log and bring the cursors in line with the enabled sinks."""

@@ -30,11 +30,12 @@ class IssueChanges(NamedTuple):
 
 
 class StoredIssues(NamedTuple):
-    """All issues, the one longest untouched first; ``broken`` of them could not be read."""
+    """All issues, the one longest untouched first."""
 
     rows: Sequence[IssueRow]
     generation: int
-    broken: int
+    broken: Sequence[bytes] = ()
+    """Keys of those that could not be read."""
 
 
 class Batch(NamedTuple):

@@ -8,7 +8,7 @@ import logging
 import os
 import traceback
 from collections.abc import AsyncIterator, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from blockbuster import BlockBuster, BlockingError
 from blockbuster import blockbuster as blockbuster_module
 from botocore.loaders import JSONFileLoader
 
-from forwarder import delivery_calls, delivery_telling, logs, receiver, spool
+from forwarder import app, delivery_calls, delivery_telling, logs, receiver, spool
 from forwarder.app import Application
+from forwarder.rules_reload import RulesReload
+from forwarder.settings import load_settings
 from tests.fakes.aws import FakeAws
-from tests.running import Running, Start, settings_of
+from tests.running import Running, Start, configure
 
 # looptime asks the policy for a loop, which would make one in each process that nobody closes.
 asyncio.set_event_loop(None)
@@ -93,8 +95,11 @@ async def forwarder(aws: FakeAws, tmp_path: Path) -> AsyncIterator[Start]:
     """Starts forwarders on this test's spool; the second one after the first was stopped."""
     started: list[Running] = []
 
-    async def start(changes: Mapping[str, Any] | None = None) -> Running:
-        running = Running(Application(settings_of(tmp_path, changes), validate=True))
+    async def start(changes: Mapping[str, Any] | None = None, *, reloads: bool = False) -> Running:
+        file = configure(tmp_path, changes)
+        # The environment is read again with the file.
+        settings = load_settings(file, os.environ if reloads else {})
+        running = Running(Application(settings, config=file if reloads else None, validate=True))
         await running.app.start()
         started.append(running)
         return running
@@ -106,7 +111,7 @@ async def forwarder(aws: FakeAws, tmp_path: Path) -> AsyncIterator[Start]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Periods that nobody configures, shortened: back-off, probe, sweep, housekeeping, lingering close."""
+    """Periods that nobody configures, shortened: back-off, probe, sweep, housekeeping, lingering close, reload."""
     monkeypatch.setattr(delivery_calls, "BACKOFF_BASE_SECS", 0.02)
     monkeypatch.setattr(delivery_calls, "BACKOFF_MAX_SECS", 0.2)
     monkeypatch.setattr(delivery_calls, "PROBE_SECS", 0.1)
@@ -115,6 +120,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receiver, "SWEEP_SECS", 0.05)
     monkeypatch.setattr(receiver, "LINGER_SECS", 0.1)
     monkeypatch.setattr(spool, "HOUSEKEEPING_SECS", 0.05)
+    monkeypatch.setattr(app, "RulesReload", partial(RulesReload, period_secs=0.05))
 
 
 @pytest.fixture

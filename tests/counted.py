@@ -7,9 +7,11 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from forwarder.alert import rank
 from forwarder.batch import Item
 from forwarder.contract import Reject
 from forwarder.delivery import Worker
@@ -147,3 +149,37 @@ def alert(
         "time": "2027-01-15T08:00:00.000000000Z",
         "output_fields": fields | members.pop("fields", {}),
     } | members
+
+
+def moved(body: dict[str, Any], at: float, number: int) -> dict[str, Any]:
+    """The same alert at another time; ``number`` sets apart what is the same in the file."""
+    time = datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{number:09d}Z"
+    return body | {"time": time}
+
+
+def is_finding(body: dict[str, Any]) -> bool:
+    internal = body.get("source") == "internal" or body["rule"].startswith("Falco internal: ")
+    return not internal and (rank(body["priority"]) or 0) <= 5
+
+
+def about(body: dict[str, Any]) -> tuple[Any, ...]:
+    """What an alert is about, as docs/findings.md says it, without enrichment: written without looking at the code."""
+    fields = body.get("output_fields") or {}
+
+    def text(*names: str) -> str:
+        values = (fields.get(name) for name in names)
+        return next((value for value in values if isinstance(value, str) and value not in {"", "<NA>"}), "")
+
+    source = body.get("source") or "syscall"
+    namespace = text("k8s.ns.name", "k8smeta.ns.name", "ka.target.namespace")
+    pod = text("k8s.pod.name", "k8smeta.pod.name")
+    container = (
+        text("container.name").replace("host", "")
+        if text("container.name") == "host"
+        else text("container.name")
+    )
+    if source == "syscall":
+        return body["rule"], source, namespace, pod, container, "" if pod else body.get("hostname", "")
+    user = text("ka.user.name", "ct.user", "okta.actor.name", "github.user", "gcp.user")
+    target = (text("ka.target.resource"), text("ka.target.name"))
+    return body["rule"], source, namespace, pod, container, user, target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
@@ -22,8 +23,13 @@ REST_SECS_MAX = 15.0
 STOP_SECS_MAX = 15.0
 
 
-def settings_of(directory: Any, changes: Mapping[str, Any] | None = None) -> Settings:
+def settings_of(directory: Path, changes: Mapping[str, Any] | None = None) -> Settings:
     """Settings for a test: ``changes`` (nested, or with dotted keys) over both sinks on and free local ports."""
+    return load_settings(configure(directory, changes), {})
+
+
+def configure(directory: Path, changes: Mapping[str, Any] | None = None) -> Path:
+    """Write the configuration file of a test, at once as a ConfigMap's swap does; see ``settings_of``."""
     data: dict[str, Any] = {
         "cluster": {"name": "test-cluster"},
         "replica": {"name": STREAM},
@@ -50,8 +56,15 @@ def settings_of(directory: Any, changes: Mapping[str, Any] | None = None) -> Set
             target = target.setdefault(section, {})
         target[leaf] = {**target[leaf], **value} if isinstance(value, Mapping) and leaf in target else value
     file = directory / "forwarder.yaml"
-    file.write_text(yaml.safe_dump(data))
-    return load_settings(file, {})
+    replace(file, yaml.safe_dump(data))
+    return file
+
+
+def replace(file: Path, text: str) -> None:
+    """Other content; nobody sees a half of it."""
+    fresh = file.with_suffix(".new")
+    fresh.write_text(text)
+    fresh.replace(file)
 
 
 class Scrape:
@@ -146,8 +159,20 @@ class Running:
         except TimeoutError:
             raise AssertionError(f"not within {secs} s; {json.dumps(self.app.status())}") from None
 
+    async def told(self, secs: float = REST_SECS_MAX) -> None:
+        """Wait until nothing is pending and every count is told."""
+
+        def idle() -> bool:
+            return not any(
+                state["pending"] + state["aggregating"] for state in self.app.status()["sinks"].values()
+            )
+
+        await self.until(idle, secs)
+        await asyncio.sleep(0.02)  # as below
+        await self.until(idle, secs)
+
     async def at_rest(self, *sinks: str, secs: float = REST_SECS_MAX) -> None:
-        """Wait until these sinks (all, where none is named) have nothing pending."""
+        """Wait until these sinks (all, where none is named) have nothing pending; counts may wait for their time."""
 
         def idle() -> bool:
             states = self.app.status()["sinks"]
@@ -165,6 +190,8 @@ class Running:
 
 
 class Start(Protocol):
-    """The fixture ``forwarder``: starts one with changed settings."""
+    """The fixture ``forwarder``: starts one with changed settings, which reloads its rules if it shall."""
 
-    async def __call__(self, changes: Mapping[str, Any] | None = None) -> Running: ...
+    async def __call__(
+        self, changes: Mapping[str, Any] | None = None, *, reloads: bool = False
+    ) -> Running: ...

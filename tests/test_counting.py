@@ -8,7 +8,6 @@ import logging
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ import pytest
 import structlog
 
 from forwarder import delivery_findings, spool
-from forwarder.alert import rank
 from forwarder.contract import Permanent, Transient
 from forwarder.ingest import STORED
 from forwarder.issues_settings import AggregationSettings
-from tests.counted import HUB, LOGS, STARTED_AT, Pipeline, alert
+from tests.counted import HUB, LOGS, STARTED_AT, Pipeline, about, alert, is_finding, moved
 from tests.samples import REAL_ALERTS, body_of
 
 pytestmark = pytest.mark.looptime
@@ -58,40 +56,6 @@ async def build(tmp_path: Path) -> AsyncIterator[Build]:
     yield start
     for pipeline in made:
         await pipeline.kill()
-
-
-def moved(body: dict[str, Any], at: float, number: int) -> dict[str, Any]:
-    """The same alert at another time; ``number`` sets apart what is the same in the file."""
-    time = datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{number:09d}Z"
-    return body | {"time": time}
-
-
-def is_finding(body: dict[str, Any]) -> bool:
-    internal = body.get("source") == "internal" or body["rule"].startswith("Falco internal: ")
-    return not internal and (rank(body["priority"]) or 0) <= 5
-
-
-def about(body: dict[str, Any]) -> tuple[Any, ...]:
-    """What an alert is about, as docs/findings.md says it, without enrichment: written without looking at the code."""
-    fields = body.get("output_fields") or {}
-
-    def text(*names: str) -> str:
-        values = (fields.get(name) for name in names)
-        return next((value for value in values if isinstance(value, str) and value not in {"", "<NA>"}), "")
-
-    source = body.get("source") or "syscall"
-    namespace = text("k8s.ns.name", "k8smeta.ns.name", "ka.target.namespace")
-    pod = text("k8s.pod.name", "k8smeta.pod.name")
-    container = (
-        text("container.name").replace("host", "")
-        if text("container.name") == "host"
-        else text("container.name")
-    )
-    if source == "syscall":
-        return body["rule"], source, namespace, pod, container, "" if pod else body.get("hostname", "")
-    user = text("ka.user.name", "ct.user", "okta.actor.name", "github.user", "gcp.user")
-    target = (text("ka.target.resource"), text("ka.target.name"))
-    return body["rule"], source, namespace, pod, container, user, target
 
 
 async def replay(pipeline: Pipeline, rounds: range) -> None:
@@ -290,10 +254,10 @@ async def test_a_call_that_is_refused_finds_its_culprit(build: Build) -> None:
     pipeline = await build()
     fake = pipeline.hub.fake.batch_import_findings
 
-    def refusing(asked: Any, caller: Any, size: int) -> Any:
-        if any("Bad" in finding["Title"] for finding in asked["Findings"]):
+    def refusing(body: dict[str, Any], caller: Any, size: int) -> Any:
+        if any("Bad" in finding["Title"] for finding in body["Findings"]):
             raise Permanent("no")
-        return fake(asked, caller, size)
+        return fake(body, caller, size)
 
     pipeline.hub.fake.batch_import_findings = refusing  # type: ignore[method-assign]
     await pipeline.post(*[alert(f"Rule {number}") for number in range(40)], alert("Bad"))

@@ -1491,6 +1491,7 @@ async def test_program_writes_what_it_stores_before_it_answers(connect: Connect,
         assert [(line["kind"], line.get("message", line.get("Id"))) for line in lines] == [
             ("event", "hello"),
             ("finding", "falco/1"),
+            *[("ignored", "falco/1")] * 39,
         ]
         process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(process.wait(), 10) == 0

@@ -41,7 +41,7 @@ delivery: {{drain_secs_max: {drain_secs_max}}}
 aws: {{region: eu-west-1}}
 sinks:
   cloudwatch_logs: {{enabled: true, log_group: /falco/crash, linger_secs: 0}}
-  security_hub: {{enabled: true, linger_secs: 0, rate_per_sec: 1000, burst: 1000}}
+  security_hub: {{enabled: true, linger_secs: 0, rate_per_sec: 1000, burst: 1000, aggregation: {aggregation}}}
 """
 
 
@@ -189,6 +189,7 @@ class Forwarder(Program):
             "drain_delay_secs": 0,
             "drain_secs_max": 20,
             "hold_secs_max": 1.5,
+            "aggregation": "{enabled: false}",
         }
         config.write_text(CONFIGURATION.format(**values | settings, spool=spool, **ports._asdict()))
         super().__init__(
@@ -232,9 +233,9 @@ class Forwarder(Program):
 
     @property
     def pending(self) -> int:
-        """Alerts some sink has yet to settle; -1 while nobody answers."""
+        """Alerts some sink has yet to settle, or has counted and not told; -1 while nobody answers."""
         sinks = self.status().get("sinks")
-        return max(int(sink["pending"]) for sink in sinks.values()) if sinks else -1
+        return max(int(sink["pending"] + sink["aggregating"]) for sink in sinks.values()) if sinks else -1
 
     def metric(self, name: str) -> float:
         """Sum of a metric over its labels."""

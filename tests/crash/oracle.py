@@ -90,7 +90,7 @@ def judge(ledger: Ledger, journal: Path, spool: Path) -> Verdict:
         if entry["kind"] == "event":
             event = json.loads(entry["message"])
             messages[event["id"]].append(event)
-        else:
+        elif entry["kind"] == "finding":
             findings.add(entry["Id"].rpartition("/")[2])
     spooled = read_spool(spool)
     acknowledged = ledger.acknowledged

@@ -387,7 +387,7 @@ async def test_a_disabled_sinks_backlog_is_freed(aws: FakeAws, forwarder: Start)
     first = await forwarder()
     await acknowledged(first, alerts(50, "Old"))
     await first.at_rest(CLOUDWATCH)
-    assert first.app.status()["spool"]["alerts"] == 50
+    await first.until(lambda: first.app.status()["sinks"]["security_hub"]["pending"] == 50)
     await first.stop()
     second = await forwarder({"sinks.security_hub": {"enabled": False}})
     await second.until(lambda: second.app.status()["spool"]["alerts"] == 0)

@@ -50,6 +50,7 @@ _PARAMETER_ERRORS = frozenset(
 )
 _BODY_LIMIT = 32 * 1024 * 1024
 _CALLS_KEPT = 100_000
+_JOURNAL_PRODUCT_FIELDS = ("falco/count", "falco/alert_ids")
 
 
 class FakeAws(FaultPlan):
@@ -95,6 +96,7 @@ class FakeAws(FaultPlan):
             on_rejected=self.validation_errors.append,
         )
         self._hub.injected = self._injected_finding_failure
+        self._hub.on_ignored = self._on_ignored
         self._buckets: dict[str, TokenBucket] = {}
         self._runner: web.AppRunner | None = None
         self._stopping = asyncio.Event()
@@ -328,8 +330,21 @@ class FakeAws(FaultPlan):
             )
 
     def _on_finding(self, finding: dict[str, Any]) -> None:
+        """Every accepted version: what its history must obey."""
         if self.journal is not None:
-            self.journal([{"kind": "finding", "Id": finding["Id"], "UpdatedAt": finding["UpdatedAt"]}])
+            product = finding.get("ProductFields") or {}
+            said = {name: product[name] for name in _JOURNAL_PRODUCT_FIELDS if name in product}
+            self.journal(
+                [
+                    {"kind": "finding"}
+                    | {name: finding[name] for name in ("Id", "CreatedAt", "UpdatedAt")}
+                    | {"ProductFields": said}
+                ]
+            )
+
+    def _on_ignored(self, finding: dict[str, Any]) -> None:
+        if self.journal is not None:
+            self.journal([{"kind": "ignored", "Id": finding["Id"], "UpdatedAt": finding["UpdatedAt"]}])
 
 
 async def _main(port: int, state: Path | None, *, rate_limits: bool) -> None:
@@ -358,7 +373,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="tests.fakes.aws", description="Run the fake AWS until SIGTERM.")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument(
-        "--state", type=Path, help="file to append a JSON line to per stored event or finding"
+        "--state", type=Path, help="file to append a JSON line to per stored event, stored or ignored finding"
     )
     parser.add_argument("--no-rate-limits", action="store_true")
     options = parser.parse_args()

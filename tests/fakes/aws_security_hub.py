@@ -65,6 +65,8 @@ class SecurityHub:
         self.findings: dict[str, dict[str, Any]] = {}
         self.writes = 0
         self.ignored = 0
+        # Told of an update that came too late or twice.
+        self.on_ignored: Callable[[dict[str, Any]], None] = lambda _: None
         # Gives (code, message) for a finding that a test wants to see failed.
         self.injected: Callable[[dict[str, Any]], tuple[str, str] | None] = lambda _: None
         self.operations: dict[str, Callable[[dict[str, Any], Caller, int], dict[str, Any]]] = {
@@ -185,6 +187,7 @@ class SecurityHub:
             assert new is not None
             if new <= old:
                 self.ignored += 1
+                self.on_ignored(finding)
                 return
         fresh = copy.deepcopy(finding)
         if stored is None:
