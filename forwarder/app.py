@@ -101,7 +101,9 @@ class Application:
         self.rules = RuleBook(settings.rules, now=now, cluster=settings.cluster.name)
         self.workers = [self._worker(sink) for sink in self.sinks]
         kubernetes = self._kubernetes()
-        self.sensors = Sensors(settings.sensors, nodes=kubernetes, now=now, monotonic=monotonic)
+        self.sensors = Sensors(
+            settings.sensors, nodes=kubernetes, now=now, monotonic=monotonic, cluster=self.identity.discovered
+        )
         self.metrics.registry.register(SensorsCollector(self.sensors))
         self._now_ns = now_ns
         self.admin = Admin(settings.admin, self)
@@ -115,6 +117,25 @@ class Application:
             stack.push_async_callback(self.aws.close)
             wanted = [service for enricher in self.enrichers for service in enricher.wanted_services()]
             await self.aws.open_clients([*((sink.service, sink.role) for sink in self.sinks), *wanted])
+            self.ingest = Ingest(
+                spool=self.spool,
+                metrics=self.metrics,
+                hold_secs_max=self.settings.receiver.hold_secs_max,
+                now_ns=self._now_ns,
+                now_monotonic=loop.time,
+                enrichment=self.enrichment if self.enrichers else None,
+                saw=self.sensors.saw,
+                custom=CustomMembers(
+                    fields_of(self.settings.customfields, os.environ), tags_of(self.settings.customtags)
+                ),
+            )
+            self.receiver = Receiver(
+                self.settings.receiver,
+                ingest=self.ingest,
+                metrics=self.metrics,
+                rng=self._rng,
+                now_ns=self._now_ns,
+            )
             await self.admin.start()
             stack.push_async_callback(self.admin.stop)
             for enricher in self.enrichers:
@@ -130,27 +151,8 @@ class Application:
                 for worker in self.workers
             ]
             stack.push_async_callback(self._drain_workers, tasks)
-            self.ingest = Ingest(
-                spool=self.spool,
-                metrics=self.metrics,
-                hold_secs_max=self.settings.receiver.hold_secs_max,
-                now_ns=self._now_ns,
-                now_monotonic=loop.time,
-                enrichment=self.enrichment if self.enrichers else None,
-                saw=self.sensors.saw,
-                custom=CustomMembers(
-                    fields_of(self.settings.customfields, os.environ), tags_of(self.settings.customtags)
-                ),
-            )
             for name, work in self._side_tasks():
                 stack.callback(asyncio.create_task(work, name=name).cancel)
-            self.receiver = Receiver(
-                self.settings.receiver,
-                ingest=self.ingest,
-                metrics=self.metrics,
-                rng=self._rng,
-                now_ns=self._now_ns,
-            )
             await self.receiver.start()
             stack.push_async_callback(self._stop_receiver)
             self._stack = stack.pop_all()

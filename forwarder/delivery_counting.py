@@ -19,7 +19,7 @@ from forwarder.delivery_admission import Admission, Admitted
 from forwarder.delivery_round import DETAIL_LENGTH_MAX
 from forwarder.facts import Facts
 from forwarder.issue import LEVELS, Sighting
-from forwarder.issue_key import hashed
+from forwarder.issue_key import INTERNAL, hashed
 from forwarder.issues import Issues
 from forwarder.record import UNPARSED, DeadLetter, Record
 from forwarder.shorten import shortened
@@ -120,7 +120,7 @@ class Counting:
             facts.cluster,
         )
         if self._key is None:
-            return self._issues.count(hashed(["alert", record.id]), sighting, single=record.id)
+            return self._issues.count(hashed([f"{INTERNAL}alert", record.id]), sighting, single=record.id)
         return self._issues.count(self._key(facts), sighting)
 
     def _letter(self, record: Record, error: Exception) -> DeadLetter:

@@ -26,8 +26,9 @@ from forwarder.delivery_calls import Courier, DeliverySettings, Stop
 from forwarder.delivery_counting import SLICE_RECORDS_MAX, Counting, Slice
 from forwarder.delivery_status import Status
 from forwarder.delivery_telling import WAIT_SECS_MAX, Telling
+from forwarder.facts import facts_of
 from forwarder.issue import LABELS, NOTICE, Issue
-from forwarder.issue_key import hashed, key_of
+from forwarder.issue_key import INTERNAL, hashed, key_of
 from forwarder.issues import Issues
 from forwarder.issues_due import Clock
 from forwarder.metrics import Metrics
@@ -289,7 +290,7 @@ class FindingsWorker:
             self._tell_notice(issues, overflow(self._spool.id, issues.entries_max, self._now()), more=more)
 
     def _tell_notice(self, issues: Issues, notice: Notice, *, urgent: bool = False, more: int = 1) -> None:
-        key = hashed(["notice", notice.key])
+        key = hashed([f"{INTERNAL}notice", notice.key])
         known = issues.notice(key)
         record = notice.record
         issue = Issue(
@@ -309,6 +310,7 @@ class FindingsWorker:
             archived=not notice.active,
             name=notice.key,
             title=notice.title,
+            cluster=facts_of(record).cluster,
         )
         issues.tell(key, issue, record)
         self._telling.wake.set()

@@ -182,9 +182,12 @@ class Telling:
                 current.bury(index, "broken_block", "the issue's latest alert cannot be read", self._now())
                 continue
             verdict = self._verdict(claim.issue, record)
-            if (verdict.silenced or verdict.drop) and not claim.issue.archived:
-                # A silence of this moment: nothing more is told of what was counted before it.
-                current.outcomes[index] = "silence" if verdict.silenced else "drop"
+            reason = verdict.keeps_out(
+                self._sink.name, claim.issue.rank, self._sink.minimum_rank, findings=True
+            )
+            if reason and claim.issue.kind != NOTICE and not claim.issue.archived:
+                # A rule of this moment: nothing more is told of what was counted before it.
+                current.outcomes[index] = reason
                 continue
             item = self._encode(current, index, self._occurrences(claim, record, verdict))
             if item is not None:
@@ -202,7 +205,7 @@ class Telling:
         single = issue.kind == SINGLE
         received_ms = record.received_ns // 1_000_000
         return Occurrences(
-            identity=issue.name if issue.kind != GROUP else f"{self._spool.id}/{identity(key, issue)}",
+            identity=self._identity(key, issue),
             first_ns=issue.first_ns,
             last_ns=issue.last_ns,
             created_ms=received_ms if single else issue.created_ms,
@@ -216,8 +219,14 @@ class Telling:
             title=issue.title,
             types=verdict.finding_types,
             remediation=verdict.remediation,
-            cluster=issue.cluster if issue.kind == GROUP else None,
+            cluster=None if single else issue.cluster,
         )
+
+    def _identity(self, key: bytes, issue: Issue) -> str:
+        """End of the finding's Id. A sender's uuid with a slash could be the Id of another finding."""
+        if issue.kind == GROUP:
+            return f"{self._spool.id}/{identity(key, issue)}"
+        return key.hex() if issue.kind == SINGLE and "/" in issue.name else issue.name
 
     def _encode(self, current: Round, index: int, seen: Occurrences) -> Item | None:
         record = current.records[index]
@@ -260,10 +269,11 @@ class Telling:
         self.room.set()
         self.wake.set()
         accepted = current.accepted.values()
+        loop_now, now_ns = asyncio.get_running_loop().time(), int(self._now() * 1e9)
         received = [
-            current.records[item.index].received_ns
+            min(current.records[item.index].received_ns, now_ns - int((loop_now - claim.since) * 1e9))
             for item in accepted
-            if item.index < len(claims) and not claims[item.index].issue.step
+            if not (claim := claims[item.index]).issue.step
         ]
         size_bytes = sum([item.size_bytes for item in accepted])
         tally = Tally(delivered, filtered, 0, 0, dead, size_bytes, 0, 0, min(received) if received else None)

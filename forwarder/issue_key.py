@@ -11,7 +11,7 @@ workload     ``Deployment/web``; the bare pod, or a pod whose workload is unknow
 container    name of the container
 node         only of alerts that happened on a machine and belong to no workload
 user         only of audit trails: who did it
-target       only of k8s_audit: ``pods/web``, what it was done to
+target       only of k8s_audit: resource and name of what it was done to
 pod          the pod, for one finding each
 image        the container's image, for one finding each version
 hostname     Falco's hostname, whatever the alert
@@ -25,11 +25,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 from forwarder.alert import encode as json_encode
 from forwarder.facts import Facts
 
 KEY_BYTES = 16
+INTERNAL = "\0"
 FIELD_PREFIX = "output_fields."
 FIELD_LENGTH_MAX, KEY_PARTS_MAX = 256, 32
 DEFAULT_KEY = ["rule", "source", "cluster", "namespace", "workload", "container", "node", "user", "target"]
@@ -56,7 +58,7 @@ def _target(facts: Facts) -> str:
     if facts.source in ON_A_NODE:
         return ""
     resource, name = facts.text("ka.target.resource"), facts.text("ka.target.name")
-    return f"{resource}/{name}" if resource or name else ""
+    return json_encode([resource, name]).decode() if resource or name else ""
 
 
 PARTS: dict[str, Part] = {
@@ -76,6 +78,10 @@ PARTS: dict[str, Part] = {
 }
 
 
+_PLAIN = frozenset(PARTS.keys() - {"workload", "node", "user", "target"})
+"""Parts that are facts as they stand."""
+
+
 def fault_of(part: str) -> str:
     """What is wrong with the name of a part, or nothing."""
     if part in PARTS:
@@ -88,16 +94,21 @@ def fault_of(part: str) -> str:
 
 def key_of(parts: Sequence[str]) -> Callable[[Facts], bytes]:
     """The function that makes an alert's key of these parts: 16 bytes, SHA-256 of their values."""
-    readers = [PARTS.get(part) or _field(part.removeprefix(FIELD_PREFIX)) for part in parts]
+    plain = [part for part in parts if part in _PLAIN]
+    # One call for all that are read as they are; the empty ones keep it returning a tuple.
+    read = attrgetter("rule", "rule", *plain)
+    readers = [
+        PARTS.get(part) or _field(part.removeprefix(FIELD_PREFIX)) for part in parts if part not in _PLAIN
+    ]
 
     def key(facts: Facts) -> bytes:
-        return hashed([reader(facts) for reader in readers])
+        return hashed([*read(facts)[2:], *[reader(facts) for reader in readers]])
 
     return key
 
 
 def hashed(values: Sequence[str | int]) -> bytes:
-    """Of a list, so that no two lists of values are the same text."""
+    """Of a list, so that no two lists of values are the same text. Ours begin with ``INTERNAL``, which no alert's value does."""
     return hashlib.sha256(json_encode(values)).digest()[:KEY_BYTES]
 
 

@@ -189,6 +189,7 @@ class Issues:
                 told_ms=known.told_ms,
                 created_ms=known.created_ms,
                 updated_ms=known.updated_ms,
+                cluster=known.cluster,
             )
         notice = replace(notice, detail_bytes=record.size_bytes)
         self._notices[key] = notice.name
@@ -251,6 +252,7 @@ class Issues:
         fresh = 0 if issue.kind == NOTICE else told.count - issue.told
         self.untold -= fresh
         rose = issue.level > told.level or issue.rank < told.rank or issue.archived != told.archived
+        rose |= issue.kind == SINGLE and issue.count > told.count  # it has no next update to wait for
         issue = replace(
             issue, told=told.count, urgent=rose, step=issue.step + sent, told_ms=self._clock.now_ms()
         )
@@ -290,33 +292,29 @@ class Issues:
         """Archive and forget what has been idle for long; a slice of it at a time."""
         now_ms = self._clock.now_ms()
         forget_ms = now_ms - int(self._settings.idle_days * DAY_MS)
-        archive_days = self._settings.archive_after_idle_days
-        archive_ms = now_ms - int(archive_days * DAY_MS) if archive_days else None
+        days = self._settings.archive_after_idle_days
+        archive_ms = now_ms - int(days * DAY_MS) if days else None
         forgotten = False
-        if not self._unlooked:
-            self._unlooked.extend(self._table)
+        self._unlooked.extend(() if self._unlooked else self._table)
         for _ in range(min(HOUSEKEEPING_ISSUES_MAX, len(self._unlooked))):
             key = self._unlooked.popleft()
-            packed = self._table.get(key)
-            if packed is None:
-                continue
-            issue = unpack(packed)
-            if issue.touched_ms > max(forget_ms, archive_ms or 0):
-                self._unlooked.clear()  # the rest was touched later
-                break
-            if not self._is_waiting(key):
-                forgotten |= self._retire(key, issue, forget_ms, archive_ms)
+            if key in self._table and not self._is_waiting(key):
+                # All are looked at, not only the head: the clock may have been ahead for a while.
+                forgotten |= self._retire(key, unpack(self._table[key]), forget_ms, archive_ms)
         if forgotten:
             self._forgot()
 
     def _retire(self, key: bytes, issue: Issue, forget_ms: int, archive_ms: int | None) -> bool:
         """Archive or forget one idle issue; whether it was forgotten."""
         if issue.kind == NOTICE:
+            if not issue.archived:
+                return False
             forget_ms, archive_ms = self._clock.now_ms() - NOTICE_DAYS_MAX * DAY_MS, None
         if issue.touched_ms <= forget_ms:
             self._remove(key, issue.detail_bytes)
             return True
-        if archive_ms is not None and not issue.archived and issue.detail_bytes:
+        idle = archive_ms is not None and issue.touched_ms <= archive_ms
+        if idle and not issue.archived and issue.detail_bytes:
             self._store(key, replace(issue, archived=True, urgent=True))
             self._journal.changed(key, issue.touched_ms)
             self._press(key)

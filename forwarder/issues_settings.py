@@ -45,7 +45,7 @@ class AggregationSettings(msgspec.Struct, frozen=True, kw_only=True):
     entries_max: Annotated[
         int,
         setting(
-            "Most issues to remember, about 350 bytes of memory each. Those longest without an alert go first.",
+            "Most issues to remember, 300 to 700 bytes of memory each. Those longest without an alert go first.",
             unit="issues",
             ge=16,
             le=1_000_000,

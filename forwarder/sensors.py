@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 import msgspec
 from msgspec import Raw
 
-from forwarder.alert import Alert
+from forwarder.alert import Alert, encode
 from forwarder.config import setting
 from forwarder.enricher import PLUGIN_FREE_SOURCES
 
@@ -180,7 +180,10 @@ class Sensors:
         nodes: NodeList | None,
         now: Callable[[], float],
         monotonic: Callable[[], float],
+        cluster: Callable[[], str] = lambda: "",
     ) -> None:
+        """``cluster`` gives the discovered cluster's name."""
+        self._cluster = cluster
         self.silent_after_secs = settings.silent_after_secs
         self._nodes = nodes
         self._now = now
@@ -301,7 +304,11 @@ class Sensors:
         return self.known and self._nodes is not None and self._nodes.nodes_are_current()
 
     def node_enrichment(self, name: str) -> bytes:
-        return b"" if self._nodes is None else self._nodes.node_enrichment(name)
+        """``"node":{...}``, and the discovered cluster, which is part of a finding's Id."""
+        cluster = self._cluster()
+        parts = [b'"cluster":' + encode(cluster)] if cluster else []
+        node = self._nodes.node_enrichment(name) if self._nodes is not None else b""
+        return b",".join([*parts, node] if node else parts)
 
     def status(self) -> dict[str, Any]:
         """For ``/status``."""

@@ -255,7 +255,7 @@ class Spool:
         dead = [letter for item in waiting for letter in item.dead]
         dead += [letter for item in settling for letter in item.dead]
         cursors = {item.sink: item.offset for item in settling if item.offset is not None}
-        issues = [item.issues for item in settling if item.issues is not None]
+        issues = [(item.sink, item.issues) for item in settling if item.issues is not None]
         # While sinks keep up, a block lives for a second: not worth a third of its cost. A backlog is.
         batch = Batch(records, cursors, dead, compress=self.fill >= FILL_COMPRESS, issues=issues)
         now = self._now()
@@ -278,21 +278,22 @@ class Spool:
                     item.done.set_result(None)
         else:
             self._refused(waiting, written.error)
-        if written.settled:
-            for settled in settling:
-                if settled.offset is not None:
-                    self.cursors[settled.sink] = settled.offset
-                self._unparsed[settled.sink] -= settled.unparsed
-                self._count_dead(settled.dead)
-                if not settled.done.done():
-                    settled.done.set_result(None)
-        else:
-            if not self._unsettled:
-                log.error("cursors cannot be written, what is delivered may be sent again after a crash")
-            self._settling = settling + self._settling  # the housekeeper tries again
-        self._unsettled = not written.settled
+        late = [item for item in settling if item.sink in written.unsettled]
+        for settled in settling:
+            if settled.sink in written.unsettled:
+                continue
+            if settled.offset is not None:
+                self.cursors[settled.sink] = settled.offset
+            self._unparsed[settled.sink] -= settled.unparsed
+            self._count_dead(settled.dead)
+            if not settled.done.done():
+                settled.done.set_result(None)
+        if late and not self._unsettled:
+            log.error("cursors cannot be written, what is delivered may be sent again after a crash")
+        self._settling = late + self._settling  # the housekeeper tries again
+        self._unsettled = bool(late)
         self._committing = False
-        if self._waiting or (self._settling and written.settled):
+        if self._waiting or (self._settling and not late):
             self._schedule()
 
     def _stored(self, batch: Batch, written: Written, raw_bytes: int) -> None:

@@ -172,12 +172,9 @@ class Store:
                 log.exception("records cannot be written")
             if is_full(error):
                 self._ballast.give_up()
-            settled = True
-            if batch.cursors or batch.dead or batch.issues:
-                settled = self._settle_alone(batch, now)
-            return Written(first, 0, 0.0, error, settled)
+            return Written(first, 0, 0.0, error, self._settle_alone(batch, now))
         self._end = first + len(batch.records)
-        return Written(first, size, sync_secs, None, settled=True)
+        return Written(first, size, sync_secs, None)
 
     def read(self, offset: int, *, records_max: int, bytes_max: int) -> Chunk:
         """Records from ``offset`` on, whole blocks, at least one, until a limit is passed."""
@@ -303,22 +300,37 @@ class Store:
         for sink, offset in batch.cursors.items():
             execute("UPDATE cursor SET next=? WHERE sink=?", (offset, sink))
         size += spool_dead.add(self._db, batch.dead)
-        for changes in batch.issues:
+        for _, changes in batch.issues:
             spool_issues.write(self._db, changes)
         if not alone:
             started = time.perf_counter()
             execute("COMMIT")
         return size, time.perf_counter() - started
 
-    def _settle_alone(self, batch: Batch, now: float) -> bool:
-        """Cursors go on where records found no room. Bodies of the receiver's dead letters were not acked."""
-        try:
-            ours = [letter for letter in batch.dead if letter.sink != spool_dead.RECEIVER]
-            self._transaction(Batch([], batch.cursors, ours, issues=batch.issues), now)
-        except Exception:  # noqa: BLE001 - whatever it is, the writer goes on and tries again
-            self._rollback()
-            return False
-        return True
+    def _settle_alone(self, batch: Batch, now: float) -> frozenset[str]:
+        """Cursors go on where records found no room, each sink's by itself: one that cannot write holds up no other.
+
+        Bodies of the receiver's dead letters were not acked. Returns the sinks that could not write.
+        """
+        failed: set[str] = set()
+        letters = [letter for letter in batch.dead if letter.sink != spool_dead.RECEIVER]
+        for sink in {
+            *batch.cursors,
+            *(letter.sink for letter in letters),
+            *(name for name, _ in batch.issues),
+        }:
+            own = Batch(
+                [],
+                {name: offset for name, offset in batch.cursors.items() if name == sink},
+                [letter for letter in letters if letter.sink == sink],
+                issues=[(name, changes) for name, changes in batch.issues if name == sink],
+            )
+            try:
+                self._transaction(own, now)
+            except Exception:  # noqa: BLE001 - whatever it is, the writer goes on and tries again
+                self._rollback()
+                failed.add(sink)
+        return frozenset(failed)
 
     def _rollback(self) -> None:
         if self._db.in_transaction:

@@ -45,7 +45,8 @@ class Batch(NamedTuple):
     cursors: dict[str, int]
     dead: list[DeadLetter]
     compress: bool = True
-    issues: Sequence[IssueChanges] = ()
+    issues: Sequence[tuple[str, IssueChanges]] = ()
+    """By sink."""
 
 
 class Written(NamedTuple):
@@ -55,8 +56,8 @@ class Written(NamedTuple):
     stored_bytes: int
     sync_secs: float
     error: Exception | None
-    settled: bool
-    """Cursors and dead letters are on disk."""
+    unsettled: frozenset[str] = frozenset()
+    """Sinks whose cursor, dead letters and issues are not on disk."""
 
 
 class Chunk(NamedTuple):

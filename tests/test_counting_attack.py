@@ -190,6 +190,22 @@ def test_a_smaller_table_is_filled_no_further_than_it_is_large() -> None:
     assert len(table.issues) <= 16
 
 
+def test_an_alert_of_the_future_keeps_no_other_issue() -> None:
+    """The clock was a year ahead for one alert: what came after it is forgotten in its time all the same."""
+    table = Table(idle_days=1)
+    wall = {"ahead": 0}
+    table.issues._clock = Clock(lambda: int(table.secs * 1000) + wall["ahead"], lambda: table.secs)
+    wall["ahead"] = 365 * DAY_SECS * 1000
+    assert table.count("early")
+    wall["ahead"] = 0
+    for number in range(10):
+        assert table.count(f"rule-{number}")
+    table.tell()
+    table.secs += 3 * DAY_SECS
+    table.issues.housekeep()
+    assert len(table.issues) == 1
+
+
 async def test_a_silence_does_not_swallow_the_archiving(build: Build) -> None:
     """What is silenced while it is idle is archived all the same: nobody will ever try again."""
     pipeline = await build(aggregation=AggregationSettings(archive_after_idle_days=1))
@@ -247,7 +263,7 @@ async def test_failures_of_one_moment_cost_one_pause(build: Build) -> None:
             raise Blocked("not subscribed")
         return await fake(client, operation, body)
 
-    pipeline.hub.call = slower  # type: ignore[method-assign]
+    pipeline.hub.call = slower  # type: ignore[method-assign,assignment]
     await pipeline.ingest.take(b"\n".join(body_of(alert(f"Rule {n}")) for n in range(400)))
     await asyncio.sleep(10)
     off["yes"] = False
@@ -463,6 +479,7 @@ async def test_a_broken_issue_is_reported_once(build: Build) -> None:
     with sqlite3.connect(pipeline.directory / "spool.db") as database:
         database.execute("UPDATE issue SET state = x'0000000000'")
     database.close()
+    broken = 1.0
     for _ in range(2):
         await pipeline.start()
         await asyncio.sleep(400)
@@ -511,6 +528,27 @@ async def test_an_issue_has_one_finding_also_where_its_key_has_no_cluster(build:
         await pipeline.post(alert(nr=number))
         await pipeline.told()
     assert len(pipeline.hub.history) == 1
+
+
+async def test_a_sender_cannot_speak_under_the_id_of_a_notice(build: Build) -> None:
+    """A uuid is the sender's choice: with aggregation off it must not end up as the Id of another finding."""
+    pipeline = await build(aggregation=AggregationSettings(enabled=False))
+    await pipeline.worker.tell(notice(pipeline))
+    await pipeline.told()
+    await pipeline.post(alert(uuid="sensor/node-1"))
+    await pipeline.told()
+    await asyncio.sleep(100)
+    assert len(pipeline.hub.history) == 2
+
+
+async def test_a_second_alert_of_one_uuid_does_not_wait_where_aggregation_is_off(build: Build) -> None:
+    """Every alert is told at once, also while another one with the sender's uuid is under way."""
+    pipeline = await build(aggregation=AggregationSettings(enabled=False), linger_secs=0)
+    await pipeline.post(alert(uuid="one"))
+    await asyncio.sleep(0.02)
+    await pipeline.post(alert(uuid="one", nr=1))
+    await asyncio.sleep(10)
+    assert pipeline.worker.status().aggregating == 0
 
 
 def test_levels_are_those_of_the_service() -> None:

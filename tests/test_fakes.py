@@ -980,9 +980,9 @@ async def test_largest_batches_pass(aws: FakeAws, logs: Any, stream: dict[str, s
 async def test_ten_thousand_events_are_served_quickly(aws: FakeAws, stream: dict[str, str]) -> None:
     """Under 100 ms on an idle machine; here only a gross slowdown fails."""
     body = {**stream, "logEvents": events(*range(10_000))}
-    start = time.perf_counter()
+    start = time.process_time()
     aws._logs.put_log_events(body)
-    assert time.perf_counter() - start < 0.3
+    assert time.process_time() - start < 1.0
 
 
 OLD, NEW = -14 * DAY, 2 * HOUR

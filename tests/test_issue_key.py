@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forwarder.facts import Facts, facts_of
-from forwarder.issue_key import DEFAULT_KEY, KEY_BYTES, PARTS, fault_of, hashed, key_of
+from forwarder.issue_key import DEFAULT_KEY, INTERNAL, KEY_BYTES, PARTS, fault_of, hashed, key_of
 from tests.counted import about, alert, is_finding
 from tests.samples import REAL_ALERTS, record_of
 
@@ -67,7 +67,7 @@ def kubernetes(**members: Any) -> dict[str, Any]:
         ("node", AUDIT, None, ""),
         ("user", AUDIT, None, "eve"),
         ("user", alert(fields={"ka.user.name": "eve"}), None, ""),
-        ("target", AUDIT, None, "secrets/db"),
+        ("target", AUDIT, None, '["secrets","db"]'),
         ("target", alert(), None, ""),
         ("pod", alert(), None, "web-1"),
         ("hostname", alert(), None, "node-1"),
@@ -136,10 +136,10 @@ def test_a_target_is_not_another_one() -> None:
 def test_no_alert_is_a_notice() -> None:
     """Whatever the key is made of: an alert of the right words is never counted as what the forwarder itself has to say."""
     members = alert("notice") | {"hostname": "sensor/node-1"}
-    assert key_of(["rule", "hostname"])(facts(members)) != hashed(["notice", "sensor/node-1"])
+    assert key_of(["rule", "hostname"])(facts(members)) != hashed([f"{INTERNAL}notice", "sensor/node-1"])
 
 
 def test_no_group_is_a_single_alert() -> None:
     """Nor as an alert that had a finding of its own before aggregation was turned on."""
     members = alert("alert") | {"hostname": "0123"}
-    assert key_of(["rule", "hostname"])(facts(members)) != hashed(["alert", "0123"])
+    assert key_of(["rule", "hostname"])(facts(members)) != hashed([f"{INTERNAL}alert", "0123"])

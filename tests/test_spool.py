@@ -156,7 +156,7 @@ class Broken:
         return error
 
     def write(self, batch: Batch, now: float) -> Written:
-        return Written(0, 0, 0.0, self._error(), settled=not batch.cursors)
+        return Written(0, 0, 0.0, self._error(), frozenset(batch.cursors))
 
     def probe(self) -> None:
         raise self._error()

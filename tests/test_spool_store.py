@@ -86,7 +86,7 @@ class SpoolModel(RuleBasedStateMachine):
         offset = self.cursors[sink] + int((len(self.model) - self.cursors[sink]) * part)
         letters = [letter(sink)] if buried else []
         written = self.store.write(Batch([], {sink: offset}, letters), NOW)
-        assert written.settled
+        assert not written.unsettled
         self.used += written.stored_bytes
         self.dead += len(letters)
         self.cursors[sink] = offset
@@ -351,9 +351,9 @@ def test_full_database_refuses_records_but_lets_cursors_and_dead_letters_through
             break
         stored += 1
         assert stored < 200
-    assert written.settled
+    assert not written.unsettled
     assert not (tmp_path / BALLAST_NAME).exists(), "given up for the cursors"
-    assert store.write(Batch([], dict.fromkeys(SINKS, stored), []), NOW).settled
+    assert not store.write(Batch([], dict.fromkeys(SINKS, stored), []), NOW).unsettled
     done = store.housekeep(NOW, expire=False)
     assert done.freed_records == stored
     assert done.ballast, "written again where the volume has room"
@@ -401,7 +401,7 @@ def test_a_transaction_left_open_by_a_fault_takes_no_acknowledgement_with_it(tmp
     store._db.execute("BEGIN IMMEDIATE")
     assert store.write(Batch([record(0)], {}, []), NOW).error is None
     assert not store._db.in_transaction
-    assert store.write(Batch([], {"logs": 1}, []), NOW).settled
+    assert not store.write(Batch([], {"logs": 1}, []), NOW).unsettled
     store.close()
     store = store_at(tmp_path)
     assert store.open(SINKS).records == 1
@@ -412,6 +412,6 @@ def test_a_dead_letter_no_database_takes_does_not_stop_the_writer(tmp_path: Path
     store = store_at(tmp_path)
     store.open(SINKS)
     bad = DeadLetter(sink="logs", id="x", reason="invalid", detail="\ud83d", at=NOW, body=b"")
-    assert not store.write(Batch([], {"logs": 0}, [bad]), NOW).settled
+    assert store.write(Batch([], {"logs": 0}, [bad]), NOW).unsettled == {"logs"}
     assert store.write(Batch([record(0)], {}, []), NOW).error is None
     store.close()

@@ -382,9 +382,9 @@ async def test_new_rules_while_counting(aws: FakeAws, forwarder: Start, tmp_path
     kinds = Counter(f"Kind {number % Sender.kinds}" for number in range(stored))
     assert told["Kind 3"] == kinds["Kind 3"]
     assert told["Kind 1"] == kinds["Kind 1"]
-    assert told["Kind 2"] == kinds["Kind 2"] - counts.get((HUB, "route"), 0) - counts.get(
-        (HUB, "minimum_priority"), 0
-    )
+    kept_out = counts.get((HUB, "route"), 0) + counts.get((HUB, "minimum_priority"), 0)
+    # What was counted before a rule and kept back by it when it was to be told is in the count, should the finding be told later.
+    assert kinds["Kind 2"] - kept_out <= told["Kind 2"] <= kinds["Kind 2"]
     assert found(aws)["Kind 1"]["Severity"]["Label"] == "CRITICAL"
 
 
