@@ -23,6 +23,7 @@ from bench.rules import rules as a_hundred_rules
 from forwarder.asff import SEVERITIES
 from forwarder.delivery_admission import Admission
 from forwarder.delivery_counting import Counting
+from forwarder.facts import facts_of
 from forwarder.issue_key import key_of
 from forwarder.issues import Issues
 from forwarder.issues_due import Clock
@@ -97,6 +98,18 @@ def cost(records: Sequence[Record], repeats: int, *, rules: bool) -> float:
     return best * 1e6
 
 
+def reading(records: Sequence[Record]) -> float:
+    """Microseconds for reading an alert, which rules and aggregation share."""
+    best = float("inf")
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        for _ in range(REPEATS):
+            for record in records:
+                facts_of(record)
+        best = min(best, (time.perf_counter() - started) / REPEATS / len(records))
+    return best * 1e6
+
+
 def flood() -> tuple[float, int]:
     """MiB grown while 100,000 different issues are counted and told; how many were forgotten."""
     issues, taker = counting(rules=False)
@@ -125,6 +138,7 @@ def main() -> None:
     real = [record_of(body, enrichment=AROUND) for body in REAL_BODIES]
     distinct = different(20_000)
     figures = {
+        "read_us": reading(real),
         "count_us": cost(real, REPEATS, rules=False),
         "count_with_100_rules_us": cost(real, REPEATS, rules=True),
         "count_distinct_us": cost(distinct, 1, rules=False),

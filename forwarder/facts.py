@@ -150,9 +150,10 @@ _remembered = lru_cache(maxsize=SURROUNDINGS_MAX)(_decoded)
 
 def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> str:
     for name in names:
-        value = fields.get(name)
-        if value and value.__class__ is str and value != "<NA>":
-            return str(value)
+        if name in fields:  # hardly ever: asked first, because this runs for every alert
+            value = fields[name]
+            if value and value.__class__ is str and value != "<NA>":
+                return str(value)
     return ""
 
 

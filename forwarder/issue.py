@@ -139,21 +139,22 @@ def counted(issue: Issue, sighting: Sighting, now_ms: int) -> Issue:
     if pod and pod not in pods and len(pods) < PODS_MAX and sum(map(len, pods)) + len(pod) <= PODS_LENGTH_MAX:
         pods = (*pods, pod)
     higher = record.priority < issue.rank
-    time_ns = record.time_ns
+    time_ns, first_ns, last_ns = record.time_ns, issue.first_ns, issue.last_ns
+    level, before = sighting.level, issue.level
     return Issue(
         issue.kind,
         issue.generation,
         issue.count + 1,
         issue.told,
-        min(time_ns, issue.first_ns),
-        max(time_ns, issue.last_ns),
-        max(sighting.level, issue.level),
+        min(first_ns, time_ns),
+        max(last_ns, time_ns),
+        max(before, level),
         record.priority if higher else issue.rank,
         sighting.priority[:PRIORITY_LENGTH_MAX] if higher else issue.priority,
         (*issue.ids[1 - IDS_MAX :], record.id),
         pods,
-        max(now_ms, issue.touched_ms),
-        issue.urgent or higher or sighting.level > issue.level or issue.archived,
+        max(issue.touched_ms, now_ms),
+        issue.urgent or higher or level > before or issue.archived,
         False,
         issue.step,
         issue.told_ms,
