@@ -87,6 +87,7 @@ class Progress:
         self._metrics.batch_events[self._sink].observe(records)
         if clean:
             self.enter("delivering")
+            self._last_error = None  # also of a call that failed beside others that did not
 
     def recover(self, records: int) -> None:
         """Alerts found waiting at start; a worker that starts again has found nothing new."""

@@ -39,6 +39,7 @@ from forwarder.rules import NO_RULE, RuleBook, Verdict
 from forwarder.spool import Spool
 
 WAIT_SECS_MIN, WAIT_SECS_MAX = 0.001, 60.0
+SUSPICIONS_MAX = 2
 
 log = structlog.get_logger("delivery")
 
@@ -152,7 +153,7 @@ class Telling:
                 refused = await self._attempt(current, batch) if batch else None
             if refused is not None:
                 await self._courier.bisect(current, batch, refused, None)
-            return current.judge(self._now())
+            return self._suspected(current)
         except DeliveryError as failure:
             return failure
         finally:
@@ -161,6 +162,18 @@ class Telling:
             written = self._conclude(claims, current)
             if written is not None and not _is_cancelled():
                 await written
+
+    @staticmethod
+    def _suspected(current: Round) -> DeliveryError | None:
+        """Findings refused alone for lack of permission: our own lack where nothing went through, else theirs, perhaps.
+
+        The permission may have come in the midst of the round, so they are given up the second time only.
+        """
+        if current.suspects and not current.accepted:
+            return current.suspects[0][1]
+        for item, error in current.suspects:
+            current.again[item.index] = Reject("permission", str(error), Again.LIMITED)
+        return None
 
     async def _attempt(self, current: Round, batch: list[Item]) -> DeliveryError | None:
         """One call; a refusal of the call as a whole, or nothing. Raises what asks for patience."""
@@ -288,7 +301,8 @@ class Telling:
             return None
         self._put_back[key] += 1
         self._refusals[key] += reject.again is Again.LIMITED
-        if reject.again is Again.LIMITED and self._refusals[key] >= LIMITED_ATTEMPTS_MAX:
+        attempts_max = SUSPICIONS_MAX if reject.reason == "permission" else LIMITED_ATTEMPTS_MAX
+        if reject.again is Again.LIMITED and self._refusals[key] >= attempts_max:
             current.bury(index, reject.reason, reject.detail, self._now())
             return current.outcomes[index]
         self._issues.put_back(

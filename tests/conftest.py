@@ -66,6 +66,8 @@ def nothing_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         function.can_block_in("forwarder/aws.py", {"_create"})
         # The configuration is read before there is a loop; only tests read it later.
         function.can_block_in("forwarder/config.py", {"_read"})
+        # Coverage has a lock of its own, taken wherever it happens to look.
+        function.can_block_in("coverage/collector.py", {"lock_data", "unlock_data"})
         # A traceback is rendered with its source lines.
         function.can_block_in("structlog/_base.py", {"_proxy_to_logger"})
     watch.activate()

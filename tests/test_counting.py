@@ -15,7 +15,7 @@ import pytest
 import structlog
 
 from forwarder import delivery_findings, spool
-from forwarder.contract import Permanent, Transient
+from forwarder.contract import Permanent, Permission, Transient
 from forwarder.ingest import STORED
 from forwarder.issues_settings import AggregationSettings
 from tests.counted import HUB, LOGS, STARTED_AT, Pipeline, about, alert, is_finding, moved
@@ -264,6 +264,45 @@ async def test_a_call_that_is_refused_finds_its_culprit(build: Build) -> None:
     await pipeline.told()
     assert [reason for reason, _ in await pipeline.dead()] == ["invalid"]
     assert len(pipeline.hub.history) == 40
+
+
+async def test_a_finding_nobody_may_send_is_given_up_the_others_are_told(build: Build) -> None:
+    """AccessDenied for a call with it: found, tried again some times, then a dead letter."""
+    pipeline = await build()
+    fake = pipeline.hub.fake.batch_import_findings
+
+    def refusing(asked: Any, caller: Any, size: int) -> Any:
+        if any("Bad" in finding["Title"] for finding in asked["Findings"]):
+            raise Permission("not yours")
+        return fake(asked, caller, size)
+
+    pipeline.hub.fake.batch_import_findings = refusing  # type: ignore[method-assign, assignment]
+    await pipeline.post(*[alert(f"Rule {number}") for number in range(6)], alert("Bad"))
+    for number in range(60):
+        await pipeline.post(alert(f"Later {number}"))
+        await asyncio.sleep(1)
+    await pipeline.told()
+    assert await pipeline.dead() == [("permission", "not yours (1 alerts)")]
+    assert len(pipeline.hub.history) == 66
+
+
+async def test_a_permission_that_comes_in_the_midst_of_a_round_buries_nothing(build: Build) -> None:
+    """Some were refused alone a moment before others went through: they are not the culprits."""
+    pipeline = await build()
+    calls = iter(range(1_000))
+    fake = pipeline.hub.fake.batch_import_findings
+
+    def refusing(asked: Any, caller: Any, size: int) -> Any:
+        if next(calls) < 7:
+            raise Permission("not authorized")
+        return fake(asked, caller, size)
+
+    pipeline.hub.fake.batch_import_findings = refusing  # type: ignore[method-assign, assignment]
+    await pipeline.post(*[alert(f"Rule {number}") for number in range(16)])
+    await pipeline.told()
+    assert next(calls) > 8, "some were refused alone"
+    assert await pipeline.dead() == []
+    assert len(pipeline.hub.history) == 16
 
 
 async def test_a_finding_that_fails_for_a_while_holds_up_no_other(build: Build) -> None:
