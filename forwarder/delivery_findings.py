@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import structlog
@@ -75,6 +76,8 @@ class FindingsWorker:
         self._progress = self._courier.progress
         self._issues: Issues | None = None
         self._cursor = 0
+        self._unparsed_ahead: deque[tuple[int, int]] = deque()
+        """Unparsable bodies passed, by the cursor behind them, until that is on disk."""
         self._loaded = False
 
     @property
@@ -86,7 +89,8 @@ class FindingsWorker:
         self._courier.draining.set()
 
     def status(self) -> Status:
-        left = self._spool.pending(self.name) + self._spool.pending_unparsed(self.name)
+        left, unparsed = self._left()
+        left += unparsed
         issues = self._issues
         if issues is None:
             return self._progress.status(pending=left)
@@ -97,8 +101,8 @@ class FindingsWorker:
     def publish(self) -> None:
         """Bring the gauges up to date (before a scrape)."""
         metrics, name, issues = self._metrics, self.name, self._issues
-        pending = self._spool.pending(name)
-        metrics.pending_unparsed[name].set(self._spool.pending_unparsed(name))
+        pending, unparsed = self._left()
+        metrics.pending_unparsed[name].set(unparsed)
         metrics.in_flight[name].set(self.sink.pace.in_flight)
         metrics.concurrency[name].set(int(self.sink.pace.limit))
         metrics.rate_limit[name].set(self.sink.pace.rate)
@@ -111,6 +115,17 @@ class FindingsWorker:
             waited = max(0.0, self._now() - oldest) if oldest is not None else 0.0
             metrics.spool_oldest[name].set(max(waited, issues.oldest_secs()))
         metrics.pending[name].set(pending)
+
+    def _left(self) -> tuple[int, int]:
+        """Alerts and unparsable bodies not counted yet. What is counted and not yet on disk is in the numbers of issues already."""
+        pending, unparsed = self._spool.pending(self.name), self._spool.pending_unparsed(self.name)
+        if self._issues is None:
+            return pending, unparsed
+        written = self._spool.cursors[self.name]
+        while self._unparsed_ahead and self._unparsed_ahead[0][0] <= written:
+            self._unparsed_ahead.popleft()
+        ahead = sum(count for _, count in self._unparsed_ahead)
+        return pending - (self._cursor - written - ahead), unparsed - ahead
 
     def told(self) -> set[str]:
         """Keys of the notices whose finding is active."""
@@ -130,6 +145,7 @@ class FindingsWorker:
         if again:
             await self._spool.settle(self.name, None)  # whatever the run before this one had submitted
         self._cursor = self._spool.cursors[self.name]
+        self._unparsed_ahead.clear()
         issues = self._table()
         fresh = not again and self.name in self._spool.fresh
         broken = issues.load(await self._spool.issues(), fresh=fresh)
@@ -213,6 +229,8 @@ class FindingsWorker:
         self, offset: int | None = None, dead: Sequence[DeadLetter] = (), unparsed: int = 0
     ) -> asyncio.Future[None]:
         """Hand what changed to the spool, in the turn of the loop that changed it."""
+        if offset is not None and unparsed:
+            self._unparsed_ahead.append((offset, unparsed))
         changes = self._counted().changes()
         return self._spool.settle(self.name, offset, dead, unparsed=unparsed, issues=changes)
 
