@@ -69,7 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _demo(keep=options.keep)
 
 
+def _leave(*_: object) -> None:
+    raise SystemExit(EXIT_OK)
+
+
 def _run(config: Path | None) -> int:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # The first process of a container ignores what it does not handle: also while the imports below take their time.
+        signal.signal(number, _leave)
     from forwarder.app import Application  # noqa: PLC0415 - --version stays fast
     from forwarder.config import ConfigError  # noqa: PLC0415
     from forwarder.logs import configure  # noqa: PLC0415

@@ -435,6 +435,22 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_start_ends_it(
+    config: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is open yet: exit 0 at once, also as the first process of a container, which ignores what it does not handle."""
+    monkeypatch.setattr("forwarder.settings.load_settings", lambda _: os.kill(os.getpid(), number))
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        with pytest.raises(SystemExit) as left:
+            main(["run", "--config", str(config)])
+    finally:
+        for each, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(each, handler)
+    assert left.value.code == EXIT_OK
+
+
 @pytest.mark.usefixtures("_own_process")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_run_until_the_signal(
