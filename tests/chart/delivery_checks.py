@@ -1,0 +1,72 @@
+"""What `helm test` runs, against a running forwarder. Run by `make chart-test`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+from tests.chart.rendering import CHART
+from tests.fakes.aws import FakeAws
+from tests.running import Running, Start
+
+PROGRAM = CHART / "files/helm_test.py"
+
+
+async def test_says_that_the_alert_was_delivered(aws: FakeAws, forwarder: Start) -> None:
+    """By both sinks, and what arrived is the alert."""
+    running = await forwarder()
+    code, said = await _helm_test(running, "127.0.0.1", 20)
+    assert code == 0, said
+    assert "127.0.0.1 cloudwatch_logs: 1 delivered, 0 filtered" in said
+    assert "127.0.0.1 security_hub: 1 delivered, 0 filtered" in said
+    assert "1 of 1 replicas delivered the test alert" in said
+    assert [json.loads(it.message)["rule"] for it in aws.events()] == ["Test of falco-aws-forwarder"]
+    assert [it["Title"] for it in aws.findings.values()] == ["Test of falco-aws-forwarder"]
+
+
+async def test_can_be_run_again(aws: FakeAws, forwarder: Start) -> None:
+    """With aggregation the second alert waits for the finding's next update: that is no failure."""
+    running = await forwarder({"sinks.security_hub.aggregation": {"enabled": True}})
+    for _ in range(2):
+        code, said = await _helm_test(running, "127.0.0.1", 20)
+        assert code == 0, said
+    assert len(aws.events()) == 2
+    assert len(aws.findings) == 1
+
+
+async def test_says_what_aws_says(aws: FakeAws, forwarder: Start) -> None:
+    """An alert that is stored but not delivered is a failure, with the sink's state and last error."""
+    aws.fail("PutLogEvents", times=None, status=500)
+    running = await forwarder()
+    code, said = await _helm_test(running, "127.0.0.1", 1)
+    assert code == 1
+    assert "127.0.0.1 FAILED: cloudwatch_logs is retrying, 1 wait: " in said, said
+    assert "0 of 1 replicas delivered the test alert" in said
+
+
+async def test_says_who_cannot_be_asked(forwarder: Start) -> None:
+    running = await forwarder()
+    code, said = await _helm_test(running, "nowhere.invalid", 1)
+    assert code == 1
+    assert "nowhere.invalid: " in said
+    await running.stop()
+    code, said = await _helm_test(running, "127.0.0.1", 1)
+    assert code == 1
+    assert "127.0.0.1 FAILED: ConnectionRefusedError" in said
+
+
+async def _helm_test(running: Running, host: str, secs: int) -> tuple[int | None, str]:
+    """As the pod runs it: `python -u -c PROGRAM HOST PORT ADMIN SECONDS`."""
+    arguments = [host, str(running.port), str(running.app.admin.port), str(secs)]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-u",
+        "-c",
+        PROGRAM.read_text(),
+        *arguments,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output, _ = await process.communicate()
+    return process.returncode, output.decode()
