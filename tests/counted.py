@@ -101,12 +101,6 @@ class Pipeline:
                 await task
         await self.spool.close()
 
-    async def drain(self) -> None:
-        """As on SIGTERM."""
-        self.worker.drain()
-        await self.tasks[1]
-        await self.kill()
-
     async def told(self, secs: float = 90_000) -> None:
         """Until every count is told."""
         async with asyncio.timeout(secs):
