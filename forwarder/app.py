@@ -36,6 +36,7 @@ from forwarder.enrichment.kubernetes import Kubernetes
 from forwarder.ingest import Ingest
 from forwarder.metrics import Metrics
 from forwarder.receiver import Receiver
+from forwarder.receiver_files import ReceiverFiles
 from forwarder.record import DeadLetter
 from forwarder.rules import RuleBook
 from forwarder.rules_reload import RulesReload
@@ -82,8 +83,9 @@ class Application:
         self._lags: list[tuple[float, float]] = []
         names = enabled_sinks(settings)
         self.metrics = Metrics(names)
+        self.files = ReceiverFiles(settings.receiver, self.metrics)
         self.spool = Spool(settings.spool, sinks=names, metrics=self.metrics, now=now)
-        self.aws = Aws(settings.aws, validate=validate)
+        self.aws = Aws(settings.aws, validate=validate, now=now)
         self.sinks = [build_sink(name, settings, self.aws, now) for name in names]
         self.enrichers = [
             self._enricher(name, monotonic)
@@ -111,6 +113,7 @@ class Application:
     async def start(self) -> None:
         """Open everything. On a failure what was opened is closed again."""
         loop = asyncio.get_running_loop()
+        await self.files.load()
         async with contextlib.AsyncExitStack() as stack:
             await self.spool.open()
             stack.push_async_callback(self.spool.close)
@@ -131,6 +134,7 @@ class Application:
             )
             self.receiver = Receiver(
                 self.settings.receiver,
+                files=self.files,
                 ingest=self.ingest,
                 metrics=self.metrics,
                 rng=self._rng,
@@ -241,6 +245,10 @@ class Application:
         self.spool.publish()
         for worker in self.workers:
             worker.publish()
+        for sink in self.sinks:
+            client = self.aws.client(sink.service, sink.role)
+            self.metrics.clock_skew[sink.name].set(client.clock_skew_secs)
+            self.metrics.credentials_expire[sink.name].set(client.credentials_expire_at())
         for enricher in self.enrichers:
             enricher.publish()
         self.sensors.publish()
@@ -286,7 +294,8 @@ class Application:
 
     def _side_tasks(self) -> list[tuple[str, Coroutine[Any, Any, None]]]:
         """What runs beside the way of the alerts, and is simply cancelled at the end."""
-        tasks = [("loop lag", self._watch_lag())]
+        tasks = [("loop lag", self._watch_lag()), ("receiver files", self.files.run())]
+        tasks.append(("credentials", self.aws.keep_fresh()))
         if self._config is not None:
             reload = RulesReload(
                 self._config, self.rules, self.settings, load=load_settings, reloaded=self._reloaded

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from email.utils import parsedate_to_datetime
 from typing import Annotated, Any
 
 import aiobotocore
@@ -37,6 +40,7 @@ from forwarder.contract import Blocked, DeliveryError, Permanent, Permission, To
 CONNECT_SECS_MAX, READ_SECS_MAX = 3.0, 20.0
 CONNECTIONS_MAX = 16
 SDK_ATTEMPTS_MAX = 2
+FRESH_PERIOD_SECS = 60.0
 SERVICES = ("logs", "securityhub", "sts")
 
 _THROTTLES = frozenset(
@@ -144,18 +148,36 @@ def role_of(settings: Any) -> Role | None:
 class Client:
     """One service as one role. Its SDK client may have to be made again: without credentials it never looks twice."""
 
-    def __init__(self, service: str, role: Role | None) -> None:
+    def __init__(self, service: str, role: Role | None, now: Callable[[], float]) -> None:
         self.service = service
         self.role = role
         self.sdk: Any = None
+        self.credentials: Any = None
         self.stack = contextlib.AsyncExitStack()
+        self.clock_skew_secs = 0.0
+        """The service's clock minus ours, by its last answer, to a second; 5 minutes make every signature invalid."""
+        self._now = now
+
+    def credentials_expire_at(self) -> float:
+        """Unix seconds; infinite for those that never do, or where there are none yet."""
+        expiry = getattr(self.credentials, "_expiry_time", None)  # the SDK tells it nowhere else
+        return math.inf if expiry is None else expiry.timestamp()
+
+    def heard(self, parsed: Any, **_: Any) -> None:
+        """An answer, good or bad (``after-call`` of the SDK): its Date has whole seconds."""
+        date = str(parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", ""))
+        with contextlib.suppress(ValueError):
+            self.clock_skew_secs = parsedate_to_datetime(date).timestamp() + 0.5 - self._now()
 
 
 class Aws:
     """Clients and identity. One per application; nothing happens before ``open_clients``."""
 
-    def __init__(self, settings: AwsSettings, *, validate: bool = False) -> None:
+    def __init__(
+        self, settings: AwsSettings, *, validate: bool = False, now: Callable[[], float] = time.time
+    ) -> None:
         """``validate`` lets the SDK check parameters too: on in tests, off in production."""
+        self._now = now
         self._validate = validate
         self._clients: dict[tuple[str, Role | None], Client] = {}
         self._making = asyncio.Lock()
@@ -168,7 +190,7 @@ class Aws:
         """Make the clients the sinks will ask for. What fails now (no credentials yet) is made when it is used."""
         for service, role in [*wanted, ("sts", None)]:
             if (service, role) not in self._clients:
-                client = self._clients[service, role] = Client(service, role)
+                client = self._clients[service, role] = Client(service, role, self._now)
                 with contextlib.suppress(DeliveryError):
                     await self._ready(client)
 
@@ -224,6 +246,19 @@ class Aws:
         except Exception as error:
             raise translate(error) from error
 
+    async def keep_fresh(self) -> None:
+        """For ever: renew credentials before they expire, also while no alert comes.
+
+        The SDK renews 15 minutes ahead, but only when it is asked: after a quiet night the first alert would wait for STS, and
+        nobody would have heard that the role is gone. What fails here fails again, and is told, when a call is made.
+        """
+        while True:
+            await asyncio.sleep(FRESH_PERIOD_SECS)
+            for client in self._clients.values():
+                if client.credentials is not None:
+                    with contextlib.suppress(Exception):
+                        await client.credentials.get_frozen_credentials()
+
     async def _ready(self, client: Client) -> Any:
         """The SDK client, made where there is none."""
         if client.sdk is None:
@@ -242,10 +277,12 @@ class Aws:
         else:
             session = AioSession()
             self._credentials = await session.get_credentials()
+        client.credentials = await session.get_credentials()
         made = await client.stack.enter_async_context(
             session.create_client(client.service, region_name=self.region, config=self._client_config())
         )
         made.meta.events.register("before-call.cloudwatch-logs.PutLogEvents", _swap_body)
+        made.meta.events.register("after-call", client.heard)
         made.meta.events.register("before-call.securityhub.BatchImportFindings", _swap_body)
         return made
 

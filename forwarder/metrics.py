@@ -13,6 +13,7 @@ The law at rest (nothing under way), which a test holds us to:
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -91,6 +92,8 @@ WATCH_RESTARTS = (
     "decode",
 )
 STATES = ("starting", "delivering", "retrying", "blocked", "stopped")
+AUTH_FAULTS = ("missing", "wrong")
+HANDSHAKE_FAULTS = ("plain_http", "no_certificate", "untrusted_certificate", "refused_by_sender", "other")
 CONNECTION_LIMITS = ("connections", "header_timeout", "age")
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -169,11 +172,35 @@ class Metrics:
         self.registry.register(self.ack_seconds)
         requests = self._counter("http_requests", "Answers of the receiver", "status")
         self.requests = {
-            status: requests.labels(str(status)) for status in (200, 400, 405, 408, 413, 415, 500, 503)
+            status: requests.labels(str(status)) for status in (200, 400, 401, 405, 408, 413, 415, 500, 503)
         }
         self.connections = self._gauge("connections", "Open connections of senders")
         closed = self._counter("connections_closed", "Connections closed by a limit", "limit")
         self.connections_closed = {limit: closed.labels(limit) for limit in CONNECTION_LIMITS}
+        self._receiver_files()
+
+    def _receiver_files(self) -> None:
+        refused = self._counter(
+            "auth_failures", "Requests refused with 401: credentials missing, or not in the file", "reason"
+        )
+        self.auth_failures = {reason: refused.labels(reason) for reason in AUTH_FAULTS}
+        failed = self._counter(
+            "tls_handshakes_failed",
+            "Connections that never were one. plain_http: no TLS; no_certificate, untrusted_certificate: of the sender; "
+            "refused_by_sender: it does not trust ours",
+            "reason",
+        )
+        self.handshakes_failed = {reason: failed.labels(reason) for reason in HANDSHAKE_FAULTS}
+        self.certificate_expires = self._gauge(
+            "certificate_expires_timestamp_seconds",
+            "When the receiver's certificate expires, +Inf without TLS",
+        )
+        self.certificate_expires.set(math.inf)
+        self.receiver_files_ok = self._gauge(
+            "receiver_files_ok",
+            "0 while a changed certificate, key or credentials file has faults and what was in force stays",
+        )
+        self.receiver_files_ok.set(1)
 
     def _spool(self) -> None:
         self.commit_batch = self._histogram(
@@ -248,6 +275,13 @@ class Metrics:
         self.batch_events = self._per_sink_histogram("sent_batch_events", "Alerts in one call", _COUNTS)
         self.last_success = self._per_sink_gauge(
             "last_success_timestamp_seconds", "When the service last accepted a call, 0 = not yet"
+        )
+        self.clock_skew = self._per_sink_gauge(
+            "clock_skew_seconds", "The service's clock minus ours, by the last answer; to a second"
+        )
+        self.credentials_expire = self._per_sink_gauge(
+            "credentials_expire_timestamp_seconds",
+            "When the credentials expire, +Inf where they do not or there are none yet",
         )
         self._findings()
         state = self._gauge("sink_state", "1 for the state the sink is in", "sink", "state")

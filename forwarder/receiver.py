@@ -12,28 +12,35 @@ How Falco behaves, and what follows (Falco 0.1 to 0.45, libcurl):
 
 Built on aiohttp's low-level server: no router, no middleware. aiohttp has no deadline for a half-sent header
 nor for a slow body, and would unpack a compressed one: all three are set here. No line per request is logged.
+
+With credentials configured, every POST must carry them; probes and pings need none. TLS is asyncio's (``receiver_tls``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-import socket
-import time
 from collections.abc import Callable
-from email.utils import formatdate
 from typing import Any
 
 import aiohttp
 import structlog
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from forwarder.alert import encode
-from forwarder.ingest import STORED, Answer, Ingest, Outcome
+from forwarder.ingest import STORED, Ingest
 from forwarder.metrics import Metrics
+from forwarder.receiver_answers import (
+    Stored,
+    alert_of_test,
+    keeps,
+    other_methods,
+    refuse,
+    response_to,
+    unauthorised,
+)
+from forwarder.receiver_files import ReceiverFiles
 from forwarder.receiver_settings import ReceiverSettings
-from forwarder.timestamp import iso_milliseconds
 
 KEEP_ALIVE_SECS = 130.0
 LINGER_SECS = 2.0
@@ -41,44 +48,11 @@ SWEEP_SECS = 1.0
 BACKLOG = 1024
 STOP_SECS_MAX, FRESH_SECS_MAX, CLOSE_SECS_MAX = 2.0, 0.5, 0.5
 STOP_POLL_SECS = 0.02
-RETRY_AFTER_SECS = 5
+TLS_GOODBYE_SECS_MAX = 2.0
+STRANGER_LOG_SECS = 60.0
 HTTP_OK = 200
 
 log = structlog.get_logger("receiver")
-
-
-class _Stored(web.Response):
-    """The usual answer: always the same bytes but for the date, so they are not put together for every alert.
-
-    Empty, because before 0.36 Falco prints the body. ``prepare`` and ``write_eof`` are all aiohttp asks of a response.
-    """
-
-    def __init__(self, *, closing: bool) -> None:
-        super().__init__()
-        self._closing = b"Connection: close\r\n" if closing else b""
-        self._second = 0
-        self._bytes = b""
-
-    @property
-    def keep_alive(self) -> bool:
-        return not self._closing
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        transport = request.transport
-        if transport is None:
-            raise ConnectionResetError("the sender left")
-        second = int(time.time())
-        if second != self._second:
-            date = formatdate(second, usegmt=True).encode()
-            self._second = second
-            self._bytes = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nDate: %b\r\n%b\r\n" % (
-                date,
-                self._closing,
-            )
-        transport.write(self._bytes)
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing follows."""
 
 
 class _Connection(RequestHandler):
@@ -150,6 +124,7 @@ class Receiver:
         self,
         settings: ReceiverSettings,
         *,
+        files: ReceiverFiles,
         ingest: Ingest,
         metrics: Metrics,
         rng: random.Random,
@@ -161,9 +136,11 @@ class Receiver:
         self._now_ns = now_ns
         self._draining = False
         self._ok = 0
-        self._stored = _Stored(closing=False)
-        self._stored_closing = _Stored(closing=True)
+        self._stored = Stored(closing=False)
+        self._stored_closing = Stored(closing=True)
         self._listener: asyncio.Server | None = None
+        self._files = files
+        self._stranger_at = 0.0
         self.metrics = metrics
         self.port = 0
 
@@ -172,15 +149,29 @@ class Receiver:
         return self._listener is not None and self._listener.is_serving()
 
     async def start(self) -> None:
-        """Listen; raises ``OSError`` where the port is taken."""
+        """Listen; raises ``OSError`` where the port is taken. The files of TLS must have been loaded."""
         self._loop = asyncio.get_running_loop()
         self.server = web.Server(self._serve)
+        tls = self._files.tls
         self._listener = await self._loop.create_server(
-            self._connection, self._settings.host, self._settings.port, backlog=BACKLOG, reuse_address=True
+            self._connection,
+            self._settings.host,
+            self._settings.port,
+            backlog=BACKLOG,
+            reuse_address=True,
+            ssl=tls,
+            ssl_handshake_timeout=self._settings.header_secs_max if tls else None,
+            ssl_shutdown_timeout=TLS_GOODBYE_SECS_MAX if tls else None,
         )
         self.port = self._listener.sockets[0].getsockname()[1]
         self._sweeper = asyncio.create_task(self._sweep(), name="receiver deadlines")
-        log.info("receiver listens", host=self._settings.host, port=self.port)
+        log.info(
+            "receiver listens",
+            host=self._settings.host,
+            port=self.port,
+            tls=bool(tls),
+            auth=bool(self._files.credentials),
+        )
 
     def publish(self) -> None:
         """Fold the answers counted since the last time into the metrics."""
@@ -210,6 +201,8 @@ class Receiver:
 
     def _under_way(self, *, count_fresh: bool) -> bool:
         """Whether a request is being answered, or a connection was opened and has not spoken yet."""
+        if count_fresh and self._files.tls is not None and self._files.tls.handshakes:
+            return True
         return any(
             connection.busy or (count_fresh and not connection.served)
             for connection in self.server.connections
@@ -261,13 +254,17 @@ class Receiver:
         assert isinstance(connection, _Connection)  # noqa: S101 - for the type checker: made by _connection
         connection.busy = True
         body = b""
+        response: web.Response
         try:
-            body, refusal = await self._body(request)
-            response = refusal or await self._answer(request, body, connection.peer)
+            if request.method == "POST" and self._is_stranger(request, connection.peer):
+                response = unauthorised()
+            else:
+                body, refusal = await self._body(request)
+                response = refusal or await self._answer(request, body, connection.peer)
         except Exception:
             # The outer boundary: a fault of ours must not take the listener with it.
             log.exception("request failed")
-            response = _refusal(500, "internal error")
+            response = refuse(500, "internal error")
         finally:
             connection.answered(body)
         if self._draining or self._loop.time() >= connection.expires_at:
@@ -283,13 +280,25 @@ class Receiver:
             self.metrics.requests[response.status].inc()
         return response
 
+    def _is_stranger(self, request: web.BaseRequest, peer: str) -> bool:
+        """Whether credentials are asked for, and these are none of them. Falco does not look at a 401: it is told to people."""
+        credentials = self._files.credentials
+        reason = credentials.refuses(request.headers.get("Authorization")) if credentials else ""
+        if reason:
+            self.metrics.auth_failures[reason].inc()
+            now = self._loop.time()
+            if now >= self._stranger_at:
+                self._stranger_at = now + STRANGER_LOG_SECS
+                log.warning("sender without valid credentials", peer=peer, why=reason)
+        return bool(reason)
+
     async def _answer(self, request: web.BaseRequest, body: bytes, peer: str) -> web.Response:
         if request.method != "POST":
-            return _other_methods(request)
+            return other_methods(request)
         if request.path == "/test":
-            body = self._test_alert()
+            body = alert_of_test(self._now_ns())
         answer = await self._ingest.take(body, peer)
-        return self._stored if answer is STORED and _keeps(request) else _response(answer)
+        return self._stored if answer is STORED and keeps(request) else response_to(answer)
 
     async def _body(self, request: web.BaseRequest) -> tuple[bytes, web.Response | None]:
         """The whole body, or the refusal that ends the connection: the rest is not read."""
@@ -297,7 +306,7 @@ class Receiver:
         body = b""
         refusal: web.Response | None = None
         if request.headers.get("Content-Encoding", "identity") != "identity":
-            refusal = _refusal(415, "Content-Encoding is not accepted: Falco never compresses")
+            refusal = refuse(415, "Content-Encoding is not accepted: Falco never compresses")
         elif content.is_eof():
             body = content.read_nowait()
         elif (request.content_length or 0) > self._settings.body_bytes_max:
@@ -311,7 +320,7 @@ class Receiver:
         return body, refusal
 
     def _too_large(self) -> web.Response:
-        return _refusal(413, f"body larger than {self._settings.body_bytes_max} bytes")
+        return refuse(413, f"body larger than {self._settings.body_bytes_max} bytes")
 
     async def _receive(self, request: web.BaseRequest, content: Any) -> tuple[bytes, web.Response | None]:
         """The body of a request that is still arriving, or why not."""
@@ -322,10 +331,10 @@ class Receiver:
             async with asyncio.timeout(self._settings.body_secs_max):
                 return await self._read(content, self._settings.body_bytes_max), None
         except TimeoutError:
-            return b"", _refusal(408, f"body not complete within {self._settings.body_secs_max} s")
+            return b"", refuse(408, f"body not complete within {self._settings.body_secs_max} s")
         except (web.RequestPayloadError, aiohttp.ClientError, asyncio.IncompleteReadError, OSError) as error:
             # Broken framing, or the sender left: nobody was promised anything.
-            return b"", _refusal(400, f"body cannot be read: {error}")
+            return b"", refuse(400, f"body cannot be read: {error}")
 
     @staticmethod
     async def _read(content: Any, size_max: int) -> bytes:
@@ -337,49 +346,3 @@ class Receiver:
             size += len(part)
             parts.append(part)
         return b"".join(parts)
-
-    def _test_alert(self) -> bytes:
-        """What falcosidekick makes of POST /test: a Debug alert of the rule "Test rule"."""
-        now_ns = self._now_ns()
-        return encode(
-            {
-                "hostname": socket.gethostname(),
-                "output": "This is a test from falco-aws-forwarder",
-                "output_fields": {"proc.name": "falco-forwarder", "proc.tty": 1234},
-                "priority": "Debug",
-                "rule": "Test rule",
-                "source": "internal",
-                "tags": ["test"],
-                "time": iso_milliseconds(now_ns)[:-4] + f"{now_ns % 1_000_000_000:09d}Z",
-            }
-        )
-
-
-def _other_methods(request: web.BaseRequest) -> web.Response:
-    if request.method in {"GET", "HEAD"}:
-        if request.path == "/ping":
-            return web.Response(text="pong\n")
-        if request.path == "/healthz":
-            return web.json_response({"status": "ok"})
-    response = _refusal(405, "alerts are posted: POST / with one Falco alert as JSON")
-    response.headers["Allow"] = "POST"
-    return response
-
-
-def _keeps(request: web.BaseRequest) -> bool:
-    """HTTP/1.1 and no wish to close: the connection stays, and says nothing about it."""
-    return request.keep_alive and request.version == HttpVersion11
-
-
-def _response(answer: Answer) -> web.Response:
-    if answer.outcome is Outcome.STORED:
-        return web.Response()
-    if answer.outcome is Outcome.UNPARSED:
-        return _refusal(400, answer.fault)
-    response = _refusal(503, answer.fault or "no room")
-    response.headers["Retry-After"] = str(RETRY_AFTER_SECS)
-    return response
-
-
-def _refusal(status: int, fault: str) -> web.Response:
-    return web.Response(status=status, body=encode({"error": fault}) + b"\n", content_type="application/json")

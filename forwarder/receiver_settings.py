@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import msgspec
 
 from forwarder.config import setting
+
+
+class ReceiverTlsSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """TLS of the receiver. The files are read again when they change."""
+
+    cert_file: Annotated[
+        str,
+        setting(
+            "Certificate and its chain (PEM), read again when it changes; together with the key it turns TLS on."
+        ),
+    ] = ""
+    key_file: Annotated[str, setting("Its private key (PEM), not encrypted.")] = ""
+    client_ca_file: Annotated[
+        str,
+        setting(
+            "Authorities (PEM). Where it is given, a sender must show a certificate one of them has signed: mutual TLS."
+        ),
+    ] = ""
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if bool(self.cert_file) != bool(self.key_file):
+            missing = "key_file" if self.cert_file else "cert_file"
+            yield missing, "is required: certificate and key come together"
+        if self.client_ca_file and not self.cert_file and not self.key_file:
+            yield "client_ca_file", "needs cert_file and key_file: without TLS no sender shows a certificate"
+
+
+class ReceiverAuthSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Basic authentication of senders."""
+
+    credentials_file: Annotated[
+        str,
+        setting(
+            "Lines `user:password`, read again when they change. Where it is given, a POST without one of them is answered 401."
+        ),
+    ] = ""
 
 
 class ReceiverSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,3 +87,5 @@ class ReceiverSettings(msgspec.Struct, frozen=True, kw_only=True):
             le=600,
         ),
     ] = 2.0
+    tls: ReceiverTlsSettings = ReceiverTlsSettings()
+    auth: ReceiverAuthSettings = ReceiverAuthSettings()

@@ -20,6 +20,7 @@ from botocore.loaders import JSONFileLoader
 
 from forwarder import app, delivery_calls, delivery_telling, logs, receiver, spool
 from forwarder.app import Application
+from forwarder.receiver_files import ReceiverFiles
 from forwarder.rules_reload import RulesReload
 from forwarder.settings import load_settings
 from tests.fakes.aws import FakeAws
@@ -123,6 +124,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receiver, "LINGER_SECS", 0.1)
     monkeypatch.setattr(spool, "HOUSEKEEPING_SECS", 0.05)
     monkeypatch.setattr(app, "RulesReload", partial(RulesReload, period_secs=0.05))
+    monkeypatch.setattr(app, "ReceiverFiles", partial(ReceiverFiles, period_secs=0.05))
 
 
 @pytest.fixture

@@ -7,8 +7,10 @@ turns out to be closed before a byte of an answer came is replaced, and the very
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
+import ssl
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -42,8 +44,15 @@ class Falco:
         compress_uploads: bool = False,
         expect: bool | None = None,
         reuse: bool = True,
+        tls: ssl.SSLContext | None = None,
+        userinfo: str = "",
     ) -> None:
-        """``reuse`` False is Falco up to 0.35: a connection for every alert. ``expect`` None asks as libcurl does."""
+        """``reuse`` False is Falco up to 0.35: a connection for every alert. ``expect`` None asks as libcurl does.
+
+        ``userinfo`` is the ``user:password`` of an URL: libcurl sends it with the first request, no 401 is waited for.
+        """
+        self._tls = tls
+        self._userinfo = userinfo
         self._port = port
         self._path = path
         self._content_type = content_type
@@ -92,6 +101,8 @@ class Falco:
             "User-Agent: falcosecurity/falco",
             "Accept: */*",
         ]
+        if self._userinfo:
+            lines.insert(2, f"Authorization: Basic {base64.b64encode(self._userinfo.encode()).decode()}")
         if self._compress_uploads:
             lines += ["Connection: TE", "TE: gzip"]
         lines += [f"Content-Type: {self._content_type}", f"Content-Length: {len(body)}"]
@@ -104,7 +115,7 @@ class Falco:
 
     async def _exchange(self, body: bytes) -> Answer:
         if self._streams is None:
-            self._streams = await asyncio.open_connection("127.0.0.1", self._port)
+            self._streams = await asyncio.open_connection("127.0.0.1", self._port, ssl=self._tls)
             self.connections += 1
         reader, writer = self._streams
         writer.write(self.head(body))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -473,3 +474,65 @@ async def test_an_identity_provider_that_is_away_is_only_waited_for(
     fault.clear()
     await aws.call(client, "create_log_group", logGroupName="g")
     assert "g" in fake.groups
+
+
+# ---- clocks and expiry --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("behind_secs", [0, 100, -7200])
+async def test_the_clock_is_compared_with_every_answer(fake: FakeAws, behind_secs: float) -> None:
+    """Also with an answer that refuses, as a clock 5 minutes off gets it. The Date has whole seconds."""
+    aws = Aws(AwsSettings(), now=lambda: time.time() - behind_secs)
+    try:
+        await aws.open_clients([("securityhub", None)])
+        client = aws.client("securityhub")
+        assert client.clock_skew_secs == 0
+        fake.hub_enabled = False
+        await error_of(aws.call(client, "batch_import_findings", b'{"Findings": []}'))
+        assert client.clock_skew_secs == pytest.approx(behind_secs, abs=1.6)
+    finally:
+        await aws.close()
+
+
+async def test_credentials_that_never_expire(aws: Aws) -> None:
+    await aws.open_clients([("logs", None)])
+    assert aws.client("logs").credentials_expire_at() == math.inf
+
+
+async def test_the_expiry_of_a_role_is_known_once_it_was_assumed(aws: Aws, fake: FakeAws) -> None:
+    fake.roles[ROLE.arn] = ROLE.external_id
+    await aws.open_clients([("logs", ROLE)])
+    client = aws.client("logs", ROLE)
+    assert client.credentials_expire_at() == math.inf
+    await aws.call(client, "create_log_group", logGroupName="/falco")
+    assert client.credentials_expire_at() == pytest.approx(time.time() + 3600, abs=30)
+
+
+async def test_credentials_are_renewed_while_nothing_is_sent(
+    monkeypatch: pytest.MonkeyPatch, aws: Aws, fake: FakeAws
+) -> None:
+    """The SDK renews a role's 15 minutes ahead, if somebody asks; a renewal that fails ends nothing."""
+    monkeypatch.setattr(module, "FRESH_PERIOD_SECS", 0.02)
+    fake.roles[ROLE.arn] = ROLE.external_id
+    fake.max_clock_skew = math.inf
+    fake.clock = lambda: time.time() - 3000  # tokens of an hour then have 10 minutes left
+    await aws.open_clients([("logs", ROLE), ("securityhub", None)])
+    fresh = asyncio.create_task(aws.keep_fresh())
+    try:
+        async with asyncio.timeout(10):
+            await until(lambda: [call.operation for call in fake.calls].count("AssumeRole") >= 3)
+            soon = aws.client("logs", ROLE).credentials_expire_at()
+            assert soon == pytest.approx(time.time() + 600, abs=30)
+            fake.roles[ROLE.arn] = "another secret"
+            await until(lambda: any(call.error == "AccessDenied" for call in fake.calls))
+            fake.roles.clear()
+            fake.clock = time.time
+            await until(lambda: aws.client("logs", ROLE).credentials_expire_at() > soon + 1800)
+        assert not fresh.done()
+    finally:
+        fresh.cancel()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - the fake tells nobody
+        await asyncio.sleep(0.01)

@@ -1,0 +1,103 @@
+"""What the receiver answers. Falco never looks; people, probes and other senders do."""
+
+from __future__ import annotations
+
+import socket
+import time
+from email.utils import formatdate
+
+from aiohttp import HttpVersion11, web
+
+from forwarder.alert import encode
+from forwarder.ingest import Answer, Outcome
+from forwarder.timestamp import iso_milliseconds
+
+RETRY_AFTER_SECS = 5
+
+
+class Stored(web.Response):
+    """The usual answer: always the same bytes but for the date, so they are not put together for every alert.
+
+    Empty, because before 0.36 Falco prints the body. ``prepare`` and ``write_eof`` are all aiohttp asks of a response.
+    """
+
+    def __init__(self, *, closing: bool) -> None:
+        super().__init__()
+        self._closing = b"Connection: close\r\n" if closing else b""
+        self._second = 0
+        self._bytes = b""
+
+    @property
+    def keep_alive(self) -> bool:
+        return not self._closing
+
+    async def prepare(self, request: web.BaseRequest) -> None:
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the sender left")
+        second = int(time.time())
+        if second != self._second:
+            date = formatdate(second, usegmt=True).encode()
+            self._second = second
+            self._bytes = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nDate: %b\r\n%b\r\n" % (
+                date,
+                self._closing,
+            )
+        transport.write(self._bytes)
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing follows."""
+
+
+def other_methods(request: web.BaseRequest) -> web.Response:
+    if request.method in {"GET", "HEAD"}:
+        if request.path == "/ping":
+            return web.Response(text="pong\n")
+        if request.path == "/healthz":
+            return web.json_response({"status": "ok"})
+    answer = refuse(405, "alerts are posted: POST / with one Falco alert as JSON")
+    answer.headers["Allow"] = "POST"
+    return answer
+
+
+def keeps(request: web.BaseRequest) -> bool:
+    """HTTP/1.1 and no wish to close: the connection stays, and says nothing about it."""
+    return request.keep_alive and request.version == HttpVersion11
+
+
+def response_to(answer: Answer) -> web.Response:
+    if answer.outcome is Outcome.STORED:
+        return web.Response()
+    if answer.outcome is Outcome.UNPARSED:
+        return refuse(400, answer.fault)
+    held = refuse(503, answer.fault or "no room")
+    held.headers["Retry-After"] = str(RETRY_AFTER_SECS)
+    return held
+
+
+def refuse(status: int, fault: str) -> web.Response:
+    return web.Response(status=status, body=encode({"error": fault}) + b"\n", content_type="application/json")
+
+
+def unauthorised() -> web.Response:
+    """Whoever has no credentials may not make us read a body: the connection ends."""
+    answer = refuse(401, "credentials are missing or wrong: http://USER:PASSWORD@...")
+    answer.headers["WWW-Authenticate"] = 'Basic realm="falco-aws-forwarder", charset="UTF-8"'
+    answer.force_close()
+    return answer
+
+
+def alert_of_test(now_ns: int) -> bytes:
+    """What falcosidekick makes of POST /test: a Debug alert of the rule "Test rule"."""
+    return encode(
+        {
+            "hostname": socket.gethostname(),
+            "output": "This is a test from falco-aws-forwarder",
+            "output_fields": {"proc.name": "falco-forwarder", "proc.tty": 1234},
+            "priority": "Debug",
+            "rule": "Test rule",
+            "source": "internal",
+            "tags": ["test"],
+            "time": iso_milliseconds(now_ns)[:-4] + f"{now_ns % 1_000_000_000:09d}Z",
+        }
+    )
