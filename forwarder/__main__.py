@@ -86,7 +86,7 @@ def _run(config: Path | None) -> int:
     try:
         settings = _with_region(lambda: load_settings(config))
     except ConfigError as error:
-        return _report(error)
+        return _report(error, in_one_line=True)
     configure(settings.log.level)
 
     async def serve() -> None:
@@ -158,12 +158,17 @@ def _with_region(load: Callable[[], T]) -> T:
         return load()
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, *, in_one_line: bool = False) -> int:
+    """``in_one_line``: the last line has everything once more. It may be all that somebody sees of a pod."""
     faults = getattr(error, "faults", [])
     for fault in faults:
         print(fault, file=sys.stderr)
     count = len(faults)
-    print(f"falco-forwarder: {count} fault{'s' if count != 1 else ''} in the configuration", file=sys.stderr)
+    rest = f": {'; '.join(map(str, faults))}" if in_one_line else ""
+    print(
+        f"falco-forwarder: {count} fault{'s' if count != 1 else ''} in the configuration{rest}",
+        file=sys.stderr,
+    )
     return EXIT_CONFIG
 
 

@@ -178,7 +178,8 @@ def test_every_fault_is_printed(command: str, config: Path, capsys: pytest.Captu
     lines = err.splitlines()
     assert re.search(r"^receiver\.prot \(line \d+\): unknown key, did you mean port\?$", err, re.MULTILINE)
     assert any(line.startswith("sinks.cloudwatch_logs.log_group (line ") for line in lines)
-    assert lines[-1] == f"falco-forwarder: {len(lines) - 1} faults in the configuration"
+    summary = f"falco-forwarder: {len(lines) - 1} faults in the configuration"
+    assert lines[-1] == (summary if command == "check" else f"{summary}: {'; '.join(lines[:-1])}")
 
 
 def test_one_fault_is_counted_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import datetime as dt
 import io
 import socket
 import ssl
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,12 @@ async def test_client_certificates(forwarder: Start, authority: Authority, tmp_p
         async with running.falco(tls=authority.trusted(shown)) as falco:
             with pytest.raises((ssl.SSLError, ConnectionError)):
                 await falco.post(ALERTS[0])
-        await running.until(lambda reason=reason: count[reason]._value.get() == 1)
+        await running.until(partial(_is_one, count[reason]))
     assert (await running.scrape()).total("stored_events_total") == 1
+
+
+def _is_one(counter: Any) -> bool:
+    return bool(counter._value.get() == 1)
 
 
 async def test_a_renewed_certificate_needs_no_restart(
