@@ -94,7 +94,7 @@ WATCH_RESTARTS = (
 STATES = ("starting", "delivering", "retrying", "blocked", "stopped")
 AUTH_FAULTS = ("missing", "wrong")
 HANDSHAKE_FAULTS = ("plain_http", "no_certificate", "untrusted_certificate", "refused_by_sender", "other")
-CONNECTION_LIMITS = ("connections", "header_timeout", "age")
+CONNECTION_LIMITS = ("connections", "header_timeout", "age", "bodies")
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -175,7 +175,9 @@ class Metrics:
             status: requests.labels(str(status)) for status in (200, 400, 401, 405, 408, 413, 415, 500, 503)
         }
         self.connections = self._gauge("connections", "Open connections of senders")
-        closed = self._counter("connections_closed", "Connections closed by a limit", "limit")
+        closed = self._counter(
+            "connections_closed", "Connections closed by a limit; bodies: their alert was not read", "limit"
+        )
         self.connections_closed = {limit: closed.labels(limit) for limit in CONNECTION_LIMITS}
         self._receiver_files()
 

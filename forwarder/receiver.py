@@ -37,6 +37,7 @@ from forwarder.receiver_answers import (
     other_methods,
     refuse,
     response_to,
+    too_many,
     unauthorised,
 )
 from forwarder.receiver_files import ReceiverFiles
@@ -141,6 +142,8 @@ class Receiver:
         self._listener: asyncio.Server | None = None
         self._files = files
         self._stranger_at = 0.0
+        self._bytes = 0
+        """Of the bodies that arrive or wait for their answer."""
         self.metrics = metrics
         self.port = 0
 
@@ -258,9 +261,16 @@ class Receiver:
         try:
             if request.method == "POST" and self._is_stranger(request, connection.peer):
                 response = unauthorised()
+            elif self._bytes + (size := self._size(request)) > self._settings.bodies_bytes_max:
+                self.metrics.connections_closed["bodies"].inc()
+                response = too_many()
             else:
-                body, refusal = await self._body(request)
-                response = refusal or await self._answer(request, body, connection.peer)
+                self._bytes += size
+                try:
+                    body, refusal = await self._body(request)
+                    response = refusal or await self._answer(request, body, connection.peer)
+                finally:
+                    self._bytes -= size
         except Exception:
             # The outer boundary: a fault of ours must not take the listener with it.
             log.exception("request failed")
@@ -279,6 +289,12 @@ class Receiver:
         else:
             self.metrics.requests[response.status].inc()
         return response
+
+    def _size(self, request: web.BaseRequest) -> int:
+        """What a request may take of the memory for bodies until it is answered; all it may where it does not say."""
+        said = request.content_length
+        most = self._settings.body_bytes_max
+        return most if said is None and request.body_exists else min(said or 0, most)
 
     def _is_stranger(self, request: web.BaseRequest, peer: str) -> bool:
         """Whether credentials are asked for, and these are none of them. Falco does not look at a 401: it is told to people."""

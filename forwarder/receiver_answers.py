@@ -70,13 +70,24 @@ def response_to(answer: Answer) -> web.Response:
         return web.Response()
     if answer.outcome is Outcome.UNPARSED:
         return refuse(400, answer.fault)
-    held = refuse(503, answer.fault or "no room")
-    held.headers["Retry-After"] = str(RETRY_AFTER_SECS)
-    return held
+    return _later(answer.fault or "no room")
 
 
 def refuse(status: int, fault: str) -> web.Response:
     return web.Response(status=status, body=encode({"error": fault}) + b"\n", content_type="application/json")
+
+
+def too_many() -> web.Response:
+    """The memory for bodies is in use; this one is not read, so the connection ends."""
+    answer = _later("too many bytes of bodies at a time")
+    answer.force_close()
+    return answer
+
+
+def _later(fault: str) -> web.Response:
+    answer = refuse(503, fault)
+    answer.headers["Retry-After"] = str(RETRY_AFTER_SECS)
+    return answer
 
 
 def unauthorised() -> web.Response:

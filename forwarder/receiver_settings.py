@@ -54,6 +54,14 @@ class ReceiverSettings(msgspec.Struct, frozen=True, kw_only=True):
     body_bytes_max: Annotated[
         int, setting("Largest body; more is answered 413.", unit="bytes", ge=1024, le=64 << 20)
     ] = 4 << 20
+    bodies_bytes_max: Annotated[
+        int,
+        setting(
+            "Memory for bodies that arrive or wait for their answer; more is answered 503, unread.",
+            unit="bytes",
+            ge=1 << 20,
+        ),
+    ] = 64 << 20
     header_secs_max: Annotated[
         float, setting("Longest time for a header to arrive.", unit="seconds", gt=0)
     ] = 10.0
@@ -89,3 +97,7 @@ class ReceiverSettings(msgspec.Struct, frozen=True, kw_only=True):
     ] = 2.0
     tls: ReceiverTlsSettings = ReceiverTlsSettings()
     auth: ReceiverAuthSettings = ReceiverAuthSettings()
+
+    def faults(self) -> Iterator[tuple[str, str]]:
+        if self.bodies_bytes_max < self.body_bytes_max:
+            yield "bodies_bytes_max", f"must not be less than body_bytes_max ({self.body_bytes_max})"
