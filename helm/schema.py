@@ -51,20 +51,39 @@ PROBE = {
     }
     | {"initialDelaySeconds": SECONDS},
 }
+DURATION = {"type": "string", "pattern": "^([1-9][0-9]*h)?([1-9][0-9]*m)?([1-9][0-9]*s)?$", "minLength": 2}
+SECRET = {"type": "string", "pattern": "^([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?)?$"}
+NAMES = {
+    "type": "array",
+    "items": {"type": "string", "pattern": "^[A-Za-z0-9*]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?$"},
+}
 INTERVAL = {"type": "string", "pattern": "^([0-9]+(ms|s|m|h))+$"}
+TIMEOUT = {"type": "string", "pattern": "^([0-9]+(ms|s|m|h))*$"}
 LABEL_VALUE = {"type": "string", "pattern": "^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"}
 LABELS = {"type": "object", "additionalProperties": LABEL_VALUE}
 OBJECTS = {"type": "array", "items": {"type": "object"}}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "commonLabels": LABELS,
+    "commonAnnotations": TEXTS,
+    "clusterDomain": {"type": "string", "pattern": "^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"},
     "mode": {"enum": ["statefulset", "daemonset"]},
     "replicas": {"type": "integer", "minimum": 1, "maximum": 32},
+    "autoscaling.minReplicas": {"type": "integer", "minimum": 1, "maximum": 32},
+    "autoscaling.maxReplicas": {"type": "integer", "minimum": 1, "maximum": 32},
+    "autoscaling.scaleDownStabilizationSeconds": SECONDS,
     "image.repository": {"type": "string", "pattern": "^[a-z0-9]([a-z0-9._:/-]*[a-z0-9])?$"},
     "image.tag": {"type": "string", "pattern": "^([A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?$"},
     "image.digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
     "image.pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
     "serviceAccount.annotations": TEXTS,
+    "tls.existingSecret": SECRET,
+    "tls.testClientSecret": SECRET,
+    "tls.certManager.duration": DURATION,
+    "tls.certManager.renewBefore": DURATION,
+    "tls.certManager.dnsNames": NAMES,
+    "auth.existingSecret": SECRET,
+    "auth.secretKey": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,253}$"},
     "spool.size": QUANTITY,
     "persistence.size": QUANTITY,
     "persistence.annotations": TEXTS,
@@ -84,6 +103,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "service.port": PORT,
     "service.annotations": TEXTS,
     "service.trafficDistribution": {"enum": ["", "PreferClose", "PreferSameZone", "PreferSameNode"]},
+    "service.ipFamilyPolicy": {"enum": ["", "SingleStack", "PreferDualStack", "RequireDualStack"]},
+    "service.ipFamilies": {"type": "array", "items": {"enum": ["IPv4", "IPv6"]}, "maxItems": 2},
+    "service.nodePort": {"type": "integer", "minimum": 0, "maximum": 65535},
+    "service.loadBalancerSourceRanges": {"type": "array", "items": {"type": "string"}},
     "preStopSleepSeconds": SECONDS,
     "terminationGracePeriodSeconds": {"type": "integer", "minimum": 0},
     "minReadySeconds": SECONDS,
@@ -97,18 +120,41 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "podSecurityContext": KUBERNETES | {"required": ["runAsUser", "runAsGroup"]},
     "securityContext": KUBERNETES,
+    "appArmorProfile": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "type": {"enum": ["RuntimeDefault", "Localhost", "Unconfined"]},
+            "localhostProfile": {"type": "string"},
+        },
+        "dependencies": {"localhostProfile": ["type"]},
+    },
     "podDisruptionBudget.maxUnavailable": NUMBER_OR_SHARE,
     "nodeSelector": TEXTS,
     "affinity": KUBERNETES,
     "podAnnotations": TEXTS,
     "podLabels": LABELS,
+    "workloadAnnotations": TEXTS,
+    "revisionHistoryLimit": {"type": "integer", "minimum": 0},
+    "dnsPolicy": {"enum": ["", "ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"]},
+    "dnsConfig": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            "nameservers": {"type": "array", "items": {"type": "string"}},
+            "searches": {"type": "array", "items": {"type": "string"}},
+            "options": OBJECTS,
+        },
+    },
     "networkPolicy.apiPorts": {"type": "array", "items": PORT, "minItems": 1},
     "networkPolicy.apiCidrs": {"type": "array", "items": {"type": "string"}, "minItems": 1},
     "networkPolicy.from": OBJECTS | {"minItems": 1},
     "networkPolicy.monitoringFrom": OBJECTS | {"minItems": 1},
     "serviceMonitor.interval": INTERVAL,
+    "serviceMonitor.scrapeTimeout": TIMEOUT,
     "serviceMonitor.labels": LABELS,
     "podMonitor.interval": INTERVAL,
+    "podMonitor.scrapeTimeout": TIMEOUT,
     "podMonitor.labels": LABELS,
     "prometheusRule.labels": LABELS,
     "prometheusRule.runbookUrl": {"type": "string", "pattern": "^(https?://.*)?$"},

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from pathlib import Path
+
+import pytest
 
 from tests.chart.rendering import CHART
 from tests.fakes.aws import FakeAws
@@ -54,6 +57,26 @@ async def test_says_who_cannot_be_asked(forwarder: Start) -> None:
     code, said = await _helm_test(running, "127.0.0.1", 1)
     assert code == 1
     assert "127.0.0.1 FAILED: ConnectionRefusedError" in said
+
+
+async def test_says_every_fault_of_the_configuration(
+    forwarder: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pods that do not start answer nobody: why, is in the configuration. The region alone may come from elsewhere."""
+    running = await forwarder()
+    await running.stop()
+    file = tmp_path / "broken.yaml"
+    file.write_text("sinks: {cloudwatch_logs: {enabled: true}}\nspool: {bytes_maxx: 1}\n")
+    monkeypatch.setenv("CONFIG_FILE", str(file))
+    monkeypatch.delenv("AWS_REGION")
+    for host in ("127.0.0.1", "nowhere.invalid"):
+        code, said = await _helm_test(running, host, 1)
+        assert code == 1
+        assert "spool.bytes_maxx (line 2): unknown key, did you mean bytes_max?" in said
+        assert "sinks.cloudwatch_logs.log_group" in said
+        assert "falco-forwarder: 2 faults in the configuration" in said
+    file.write_text("cluster: {name: a}\nsinks: {security_hub: {enabled: true}}\n")
+    assert "fault" not in (await _helm_test(running, "127.0.0.1", 1))[1]
 
 
 async def _helm_test(running: Running, host: str, secs: int) -> tuple[int | None, str]:

@@ -14,6 +14,11 @@ TOOLS = ROOT / ".tools/bin"
 CHART = ROOT / "helm/falco-aws-forwarder"
 CASES = sorted((CHART / "ci").glob("*-values.yaml"))
 RELEASE, NAMESPACE = "falco-aws-forwarder", "falco"
+EVERYTHING = CHART / "ci/everything-on-values.yaml"
+PERSISTENCE = CHART / "ci/persistence-values.yaml"
+DAEMONSET = CHART / "ci/daemonset-values.yaml"
+LOGS = "config.sinks.cloudwatch_logs.enabled=true,config.sinks.cloudwatch_logs.log_group=/falco/x"
+HUB = "config.sinks.security_hub.enabled=true,config.cluster.name=x"
 
 Object = dict[str, Any]
 
@@ -87,3 +92,9 @@ def configuration(objects: list[Object]) -> Object:
     assert len(found) == 1
     loaded: Object = yaml.safe_load(found[0]["data"]["forwarder.yaml"])
     return loaded
+
+
+def container(objects: list[Object]) -> Object:
+    """The forwarder's own container."""
+    found: Object = workload(objects)["spec"]["template"]["spec"]["containers"][0]
+    return found

@@ -22,10 +22,18 @@ HERE = Path(__file__).resolve().parent
 TARGET = HERE.parents[1] / ".tools/schemas"
 SOURCES = HERE / "schemas.txt"
 KINDS = {
-    "ClusterRole", "ClusterRoleBinding", "ConfigMap", "DaemonSet", "Namespace", "NetworkPolicy", "Pod", "PodDisruptionBudget",
+    "ClusterRole", "ClusterRoleBinding", "ConfigMap", "DaemonSet", "HorizontalPodAutoscaler", "Namespace", "NetworkPolicy", "Pod", "PodDisruptionBudget",
     "Service", "ServiceAccount", "StatefulSet",
 }  # fmt: skip
 """What the chart and k8s/ render."""
+VERSION = {"HorizontalPodAutoscaler": "v2"}
+"""Where it is not v1."""
+CRDS = {
+    "operator": ("example/prometheus-operator-crd", ["monitoring.coreos.com_servicemonitors", "monitoring.coreos.com_podmonitors",
+                 "monitoring.coreos.com_prometheusrules"]),
+    "cert-manager": ("deploy/crds", ["cert-manager.io_certificates"]),
+}  # fmt: skip
+"""Folder and files of a module."""
 
 
 def fetch(module: str, version: str, sum_: str) -> Path:
@@ -54,33 +62,32 @@ def kubernetes(source: Path, target: Path) -> None:
         for name in definition.get("x-kubernetes-group-version-kind", []):
             if (
                 name["kind"] in KINDS
-                and name["version"] == "v1"
+                and name["version"] == VERSION.get(name["kind"], "v1")
                 and len(definition["x-kubernetes-group-version-kind"]) == 1
             ):
                 schema = _strict(definition, definitions)
-                group = name["group"].partition(".")[0]
+                group, version = name["group"].partition(".")[0], name["version"]
                 schema["properties"]["apiVersion"] = {
-                    "enum": [f"{name['group']}/v1" if name["group"] else "v1"]
+                    "enum": [f"{name['group']}/{version}" if name["group"] else version]
                 }
                 schema["properties"]["kind"] = {"enum": [name["kind"]]}
                 schema["required"] = sorted({*schema.get("required", []), "apiVersion", "kind", "metadata"})
-                file = "-".join(filter(None, [name["kind"].lower(), group, "v1"]))
+                file = "-".join(filter(None, [name["kind"].lower(), group, version]))
                 (target / f"{file}.json").write_text(json.dumps(schema))
                 missing.discard(name["kind"])
     if missing:
         raise SystemExit(f"{source}: no schema of {', '.join(sorted(missing))}")
 
 
-def crds(source: Path, target: Path) -> None:
-    """The operator's monitors and rules."""
-    for name in ("servicemonitors", "podmonitors", "prometheusrules"):
-        document = yaml.safe_load(
-            (source / f"example/prometheus-operator-crd/monitoring.coreos.com_{name}.yaml").read_text()
-        )
+def crds(what: str, source: Path, target: Path) -> None:
+    """The operator's monitors and rules, cert-manager's certificates."""
+    folder, names = CRDS[what]
+    for name in names:
+        document = yaml.safe_load((source / folder / f"{name}.yaml").read_text())
         for version in document["spec"]["versions"]:
-            kind = document["spec"]["names"]["kind"].lower()
+            kind, group = document["spec"]["names"]["kind"].lower(), name.partition(".")[0]
             schema = _strict(version["schema"]["openAPIV3Schema"], {})
-            (target / f"{kind}-monitoring-{version['name']}.json").write_text(json.dumps(schema))
+            (target / f"{kind}-{group}-{version['name']}.json").write_text(json.dumps(schema))
 
 
 def _strict(node: Any, definitions: Mapping[str, Any]) -> Any:
@@ -127,8 +134,12 @@ def main() -> int:
             continue
         what, module, version, sum_ = line.split()
         folder = TARGET / (version if what == "kubernetes" else "crds")
-        folder.mkdir(parents=True)
-        (kubernetes if what == "kubernetes" else crds)(fetch(module, version, sum_), folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        source = fetch(module, version, sum_)
+        if what == "kubernetes":
+            kubernetes(source, folder)
+        else:
+            crds(what, source, folder)
     (TARGET / "complete").touch()
     return 0
 

@@ -1,25 +1,71 @@
 """Run by `helm test`: posts an alert to every replica, and waits until each says that its sinks have settled it.
 
-Arguments: host of the headless Service, receiver's port, admin port, seconds. Standard library only.
+Arguments: host of the headless Service, receiver's port, admin port, seconds. Standard library only. In the environment, where the
+receiver has TLS or authentication: TLS_NAME (the name its certificate is for), CA_FILE, CLIENT_AUTH (it wants to see a certificate),
+CLIENT_DIRECTORY (ours), CREDENTIALS_FILE. A file that is not there was not in its Secret. Where a replica fails, CONFIG_FILE is
+checked: a pod that does not start for a fault in it answers nobody.
 """
 
 # ruff: noqa: T201 - prints for `helm test --logs`
 
+import base64
 import datetime as dt
 import http.client
 import json
+import os
 import socket
+import ssl
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 OK = 200
 
 
-def ask(address: str, port: int, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(address, port, timeout=10)
+class Secured(http.client.HTTPConnection):
+    """TLS to a pod's address, with the Service's name: no certificate has addresses of pods."""
+
+    def __init__(self, address: str, port: int, context: ssl.SSLContext, name: str) -> None:
+        super().__init__(address, port, timeout=10)
+        self.context, self.name = context, name
+
+    def connect(self) -> None:
+        super().connect()
+        self.sock = self.context.wrap_socket(self.sock, server_hostname=self.name)
+
+
+def context() -> ssl.SSLContext:
+    authorities = os.environ.get("CA_FILE", "")
+    made = ssl.create_default_context(cafile=authorities if Path(authorities).is_file() else None)
+    if folder := os.environ.get("CLIENT_DIRECTORY"):
+        made.load_cert_chain(f"{folder}/tls.crt", f"{folder}/tls.key")
+    return made
+
+
+def receiver(address: str, port: int) -> http.client.HTTPConnection:
+    name = os.environ.get("TLS_NAME")
+    if name is None:
+        return http.client.HTTPConnection(address, port, timeout=10)
+    return Secured(address, port, context(), name)
+
+
+def credentials() -> dict[str, str]:
+    """The header for the first line of the file: it may be one that is not taken for much longer."""
+    file = os.environ.get("CREDENTIALS_FILE")
+    if file is None:
+        return {}
+    lines = [line.strip() for line in Path(file).read_text("utf-8-sig").splitlines()]
+    given = [line for line in lines if line and not line.startswith("#")]
+    return {"Authorization": f"Basic {base64.b64encode(given[0].encode()).decode()}"}
+
+
+def ask(
+    connection: http.client.HTTPConnection, method: str, path: str, body: str | None = None, **more: str
+) -> tuple[int, bytes]:
     try:
-        connection.request(method, path, body, {"Content-Type": "application/json"})
+        connection.request(method, path, body, {"Content-Type": "application/json", **more})
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:
@@ -27,7 +73,7 @@ def ask(address: str, port: int, method: str, path: str, body: str | None = None
 
 
 def sinks(address: str, admin: int) -> dict[str, Any]:
-    status, body = ask(address, admin, "GET", "/status")
+    status, body = ask(http.client.HTTPConnection(address, admin, timeout=10), "GET", "/status")
     if status != OK:
         raise ValueError(f"/status answers {status}")
     found: dict[str, Any] = json.loads(body)["sinks"]
@@ -66,7 +112,7 @@ def alert() -> dict[str, Any]:
 def test(address: str, port: int, admin: int, deadline: float) -> str:
     """What is wrong with this replica, or nothing."""
     before = sinks(address, admin)
-    status, body = ask(address, port, "POST", "/", json.dumps(alert()))
+    status, body = ask(receiver(address, port), "POST", "/", json.dumps(alert()), **credentials())
     if status != OK:
         return f"the alert was answered {status}: {body.decode(errors='replace').strip()}"
     # A sink settles alerts in their order: ours is done once as many are as were there when it was acknowledged.
@@ -96,12 +142,32 @@ def test(address: str, port: int, admin: int, deadline: float) -> str:
     return ""
 
 
+def faults() -> str:
+    """Every fault of the configuration, as the pods that do not start have logged them; nothing where it has none."""
+    file = os.environ.get("CONFIG_FILE")
+    if file is None:
+        return ""
+    # In the forwarder's pods the region comes from elsewhere: by the role's web hook, or from the instance.
+    environment = {"AWS_REGION": "unknown", **os.environ}
+    command = [sys.executable, "-m", "forwarder", "check", "--config", file]
+    done = subprocess.run(  # noqa: S603 - our own program
+        command, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    return done.stderr.strip() if done.returncode else ""
+
+
 def main(host: str, port: str, admin: str, seconds: str) -> int:
     deadline = time.monotonic() + float(seconds)
+    if os.environ.get("CLIENT_AUTH") and not os.environ.get("CLIENT_DIRECTORY"):
+        print(
+            "FAILED: senders must show a certificate (tls.clientAuth), and this test has none: set tls.testClientSecret"
+        )
+        return 1
     try:
         found = socket.getaddrinfo(host, int(admin), type=socket.SOCK_STREAM)
     except OSError as error:
-        raise SystemExit(f"{host}: {error}") from None
+        print(f"{host}: {error}\n{faults()}".strip())
+        return 1
     addresses = sorted({str(item[4][0]) for item in found})
     failed = 0
     for address in addresses:
@@ -112,6 +178,8 @@ def main(host: str, port: str, admin: str, seconds: str) -> int:
         if trouble:
             failed += 1
             print(f"{address} FAILED: {trouble}")
+    if failed and (told := faults()):
+        print(told)
     print(f"{len(addresses) - failed} of {len(addresses)} replicas delivered the test alert")
     return 1 if failed else 0
 

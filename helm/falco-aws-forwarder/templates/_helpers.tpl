@@ -48,6 +48,14 @@ app.kubernetes.io/component: forwarder
 {{- toYaml (merge $own $root.Values.commonLabels) }}
 {{- end }}
 
+{{- /* Annotations of an object, with their key, or nothing: (list root own). */}}
+{{- define "faf.annotations" -}}
+{{- with merge (dict) (index . 1) (index . 0).Values.commonAnnotations -}}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
 {{- define "faf.image" -}}
 {{- $tag := default .Chart.AppVersion .Values.image.tag }}
 {{- if .Values.image.digest }}
@@ -70,6 +78,31 @@ app.kubernetes.io/component: forwarder
 {{- define "faf.receiverPort" }}{{ include "faf.setting" (list . "receiver.port" 2801) }}{{ end }}
 {{- define "faf.adminPort" }}{{ include "faf.setting" (list . "admin.port" 8080) }}{{ end }}
 {{- define "faf.spoolDirectory" }}{{ include "faf.setting" (list . "spool.directory" "/var/lib/falco-forwarder") }}{{ end }}
+
+{{- /* The Service's name as Falco uses it. */}}
+{{- define "faf.host" }}{{ include "faf.fullname" . }}.{{ include "faf.namespace" . }}.svc{{ end }}
+{{- define "faf.scheme" }}{{ ternary "https" "http" .Values.tls.enabled }}{{ end }}
+
+{{- /* Secrets: of the receiver's certificate, and of the one that is shown to it ("" where there is none). */}}
+{{- define "faf.tlsSecret" -}}
+{{- default (printf "%s-tls" (include "faf.fullname" .)) .Values.tls.existingSecret }}
+{{- end }}
+{{- define "faf.clientSecret" -}}
+{{- if .Values.tls.testClientSecret }}{{ .Values.tls.testClientSecret }}
+{{- else if include "faf.issuesClient" . }}{{ include "faf.fullname" . }}-client
+{{- end }}
+{{- end }}
+{{- define "faf.issuesClient" -}}
+{{- with .Values.tls }}{{ if and .enabled .clientAuth .certManager.enabled .certManager.clientCertificate }}true{{ end }}{{ end }}
+{{- end }}
+
+{{- define "faf.tlsDirectory" }}/etc/falco-forwarder-tls{{ end }}
+{{- define "faf.authDirectory" }}/etc/falco-forwarder-auth{{ end }}
+
+{{- /* Most replicas there may be at once. */}}
+{{- define "faf.replicasMax" -}}
+{{- if .Values.autoscaling.enabled }}{{ .Values.autoscaling.maxReplicas }}{{ else }}{{ .Values.replicas }}{{ end }}
+{{- end }}
 
 {{- /* Whether the Kubernetes API is asked: "true" or nothing. */}}
 {{- define "faf.enriches" -}}
@@ -97,7 +130,24 @@ app.kubernetes.io/component: forwarder
 
 {{- /* How many share the quotas of the account. */}}
 {{- define "faf.sharers" -}}
-{{- if eq .Values.mode "daemonset" }}{{ .Values.daemonset.expectedNodes }}{{ else }}{{ .Values.replicas }}{{ end }}
+{{- if eq .Values.mode "daemonset" }}{{ .Values.daemonset.expectedNodes }}{{ else }}{{ include "faf.replicasMax" . }}{{ end }}
+{{- end }}
+
+{{- /* The receiver's certificate and credentials, where the pod finds them. */}}
+{{- define "faf.receiver" -}}
+{{- $receiver := dict }}
+{{- if .Values.tls.enabled }}
+{{- $folder := include "faf.tlsDirectory" . }}
+{{- $tls := dict "cert_file" (printf "%s/tls.crt" $folder) "key_file" (printf "%s/tls.key" $folder) }}
+{{- if .Values.tls.clientAuth }}
+{{- $_ := set $tls "client_ca_file" (printf "%s/ca.crt" $folder) }}
+{{- end }}
+{{- $_ := set $receiver "tls" $tls }}
+{{- end }}
+{{- if .Values.auth.existingSecret }}
+{{- $_ := set $receiver "auth" (dict "credentials_file" (printf "%s/credentials" (include "faf.authDirectory" .))) }}
+{{- end }}
+{{- toYaml $receiver }}
 {{- end }}
 
 {{- /* The forwarder's configuration: what was given, and what follows from the rest of the values. */}}
@@ -108,7 +158,10 @@ app.kubernetes.io/component: forwarder
   "bytes_max" (div (mul (include "faf.bytes" (include "faf.volumeSize" .) | int64) 3) 4)
   "sync" (ternary "full" "normal" (eq (include "faf.durable" .) "true")) }}
 {{- $derived := dict "spool" $spool }}
-{{- if and (eq .Values.mode "statefulset") (gt (int .Values.replicas) 1) }}
+{{- with include "faf.receiver" . | fromYaml }}
+{{- $_ := set $derived "receiver" . }}
+{{- end }}
+{{- if and (eq .Values.mode "statefulset") (gt (int (include "faf.replicasMax" .)) 1) }}
 {{- $peer := printf "%s.%s.svc:%s" (include "faf.headless" .) (include "faf.namespace" .) (include "faf.adminPort" .) }}
 {{- $_ := set $derived "sensors" (dict "peers" (list $peer)) }}
 {{- end }}

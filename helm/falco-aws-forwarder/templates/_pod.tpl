@@ -1,3 +1,8 @@
+{{- /* Of the forwarder's pods and of the test's. */}}
+{{- define "faf.podSecurityContext" -}}
+{{- toYaml (merge (dict) .Values.podSecurityContext (ternary (dict "appArmorProfile" .Values.appArmorProfile) dict (not (empty .Values.appArmorProfile)))) }}
+{{- end }}
+
 {{- /* The pod of both topologies. */}}
 {{- define "faf.pod" -}}
 {{- $daemonset := eq .Values.mode "daemonset" -}}
@@ -15,17 +20,21 @@ spec:
   automountServiceAccountToken: {{ eq (include "faf.enriches" .) "true" }}
   enableServiceLinks: false
   terminationGracePeriodSeconds: {{ include "faf.grace" . }}
-  {{- with .Values.priorityClassName }}
-  priorityClassName: {{ . }}
+  {{- range $key := list "priorityClassName" "runtimeClassName" "schedulerName" "dnsPolicy" "dnsConfig" "hostAliases" }}
+  {{- with get $.Values $key }}
+  {{ $key }}: {{ if kindIs "string" . }}{{ . }}{{ else }}{{ toYaml . | nindent 4 }}{{ end }}
+  {{- end }}
   {{- end }}
   {{- with .Values.imagePullSecrets }}
   imagePullSecrets:
     {{- toYaml . | nindent 4 }}
   {{- end }}
   securityContext:
-    {{- toYaml .Values.podSecurityContext | nindent 4 }}
-  {{- if and $daemonset .Values.daemonset.hostPath.enabled .Values.daemonset.hostPath.prepare }}
+    {{- include "faf.podSecurityContext" . | nindent 4 }}
+  {{- $prepares := and $daemonset .Values.daemonset.hostPath.enabled .Values.daemonset.hostPath.prepare }}
+  {{- if or $prepares .Values.extraInitContainers }}
   initContainers:
+    {{- if $prepares }}
     - name: prepare-spool
       image: {{ include "faf.image" . }}
       imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -42,6 +51,10 @@ spec:
       volumeMounts:
         - name: spool
           mountPath: /spool
+    {{- end }}
+    {{- with .Values.extraInitContainers }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   {{- end }}
   containers:
     - name: forwarder
@@ -102,9 +115,23 @@ spec:
           mountPath: {{ include "faf.spoolDirectory" . }}
         - name: tmp
           mountPath: /tmp
+        {{- /* Whole directories: what is mounted with subPath is not renewed. */}}
+        {{- if .Values.tls.enabled }}
+        - name: tls
+          mountPath: {{ include "faf.tlsDirectory" . }}
+          readOnly: true
+        {{- end }}
+        {{- if .Values.auth.existingSecret }}
+        - name: auth
+          mountPath: {{ include "faf.authDirectory" . }}
+          readOnly: true
+        {{- end }}
         {{- with .Values.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
+    {{- with .Values.extraContainers }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   volumes:
     - name: config
       configMap:
@@ -117,6 +144,25 @@ spec:
     {{- else if or $daemonset (not .Values.persistence.enabled) }}
     - name: spool
       emptyDir: {sizeLimit: {{ .Values.spool.size }}}
+    {{- end }}
+    {{- /* Readable for the pod's group (fsGroup), and for nobody else. */}}
+    {{- if .Values.tls.enabled }}
+    - name: tls
+      secret:
+        secretName: {{ include "faf.tlsSecret" . }}
+        defaultMode: 0440
+        items:
+          {{- range concat (list "tls.crt" "tls.key") (ternary (list "ca.crt") list .Values.tls.clientAuth) }}
+          - {key: {{ . }}, path: {{ . }}}
+          {{- end }}
+    {{- end }}
+    {{- if .Values.auth.existingSecret }}
+    - name: auth
+      secret:
+        secretName: {{ .Values.auth.existingSecret }}
+        defaultMode: 0440
+        items:
+          - {key: {{ .Values.auth.secretKey | quote }}, path: credentials}
     {{- end }}
     {{- with .Values.extraVolumes }}
     {{- toYaml . | nindent 4 }}

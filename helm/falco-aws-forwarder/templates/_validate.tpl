@@ -37,10 +37,60 @@
 {{- if and .Values.serviceMonitor.enabled .Values.podMonitor.enabled }}
 {{- $faults = append $faults "podMonitor.enabled: together with serviceMonitor everything is scraped twice" }}
 {{- end }}
-{{- if and .Values.dashboards.enabled (not (.Files.Glob "files/dashboards/*.json")) }}
-{{- $faults = append $faults "dashboards.enabled: this chart has no dashboards yet" }}
+{{- if .Values.autoscaling.enabled }}
+{{- if ne .Values.mode "statefulset" }}
+{{- $faults = append $faults "autoscaling.enabled: needs mode statefulset; a daemon set has one pod on each node" }}
 {{- end }}
+{{- if not .Values.autoscaling.metrics }}
+{{- $faults = append $faults "autoscaling.metrics: is required; nothing tells when to scale" }}
+{{- end }}
+{{- if gt (int .Values.autoscaling.minReplicas) (int .Values.autoscaling.maxReplicas) }}
+{{- $faults = append $faults "autoscaling.minReplicas: is more than maxReplicas" }}
+{{- end }}
+{{- if and .Values.persistence.enabled (eq .Values.persistence.whenScaled "Delete") }}
+{{- $faults = append $faults "persistence.whenScaled: Delete together with autoscaling loses what a replica that goes has not delivered" }}
+{{- end }}
+{{- end }}
+{{- $faults = concat $faults (include "faf.validateTls" . | fromYamlArray) }}
 {{- if $faults }}
 {{- fail (printf "\n\n%d fault(s) in the values:\n  %s\n" (len $faults) (join "\n  " $faults)) }}
 {{- end }}
+{{- end }}
+
+{{- /* Of the certificate and the credentials: a list. */}}
+{{- define "faf.validateTls" -}}
+{{- $faults := list }}
+{{- $tls := .Values.tls }}
+{{- range $key := list "tls" "auth" }}
+{{- if include "faf.setting" (list $ (printf "receiver.%s" $key) "") }}
+{{- $faults = append $faults (printf "config.receiver.%s: is set by the chart; use %s" $key $key) }}
+{{- end }}
+{{- end }}
+{{- if not $tls.enabled }}
+{{- range $key, $given := dict "tls.existingSecret" $tls.existingSecret "tls.clientAuth" $tls.clientAuth "tls.certManager.enabled" $tls.certManager.enabled }}
+{{- if $given }}
+{{- $faults = append $faults (printf "%s: needs tls.enabled" $key) }}
+{{- end }}
+{{- end }}
+{{- else if and $tls.existingSecret $tls.certManager.enabled }}
+{{- $faults = append $faults "tls.existingSecret: together with tls.certManager.enabled; which of the two?" }}
+{{- else if not (or $tls.existingSecret $tls.certManager.enabled) }}
+{{- $faults = append $faults "tls.existingSecret: is required where tls is enabled, or tls.certManager.enabled" }}
+{{- end }}
+{{- if and $tls.certManager.enabled (not $tls.certManager.issuerRef.name) }}
+{{- $faults = append $faults "tls.certManager.issuerRef.name: is required" }}
+{{- end }}
+{{- if and $tls.testClientSecret (not $tls.clientAuth) }}
+{{- $faults = append $faults "tls.testClientSecret: needs tls.clientAuth" }}
+{{- end }}
+{{- if and (or $tls.enabled .Values.auth.existingSecret) (not (hasKey .Values.podSecurityContext "fsGroup")) }}
+{{- $faults = append $faults "podSecurityContext.fsGroup: is required with tls or auth: it lets the forwarder read its Secrets" }}
+{{- end }}
+{{- if and .Values.service.nodePort (eq .Values.service.type "ClusterIP") }}
+{{- $faults = append $faults "service.nodePort: needs service.type NodePort or LoadBalancer" }}
+{{- end }}
+{{- if and .Values.service.loadBalancerSourceRanges (ne .Values.service.type "LoadBalancer") }}
+{{- $faults = append $faults "service.loadBalancerSourceRanges: needs service.type LoadBalancer" }}
+{{- end }}
+{{- toYaml $faults }}
 {{- end }}
