@@ -31,7 +31,7 @@ lint: setup
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/lint-imports > /dev/null || $(BIN)/lint-imports
-	$(BIN)/codespell forwarder tests bench docs README.md CHANGELOG.md
+	$(BIN)/codespell forwarder tests bench docs helm README.md CHANGELOG.md
 
 types: setup
 	$(BIN)/mypy
@@ -66,19 +66,37 @@ bench-findings: setup
 crash-test: setup
 	$(BIN)/pytest -m crash --timeout 900 -v $(ARGS)
 
-# A real etcd and kube-apiserver for the tests of the list/watch: built from their Go modules, once (4 minutes on 2 cores).
+# A real control plane for the tests of the list/watch and of the chart, and kwok, whose nodes and pods only act: built from their
+# Go modules, once (9 minutes on 2 cores).
 TOOLS := .tools/bin
 GO_TOOLS := tests/cluster/tools
 ETCD := go.etcd.io/etcd/server/v3
-APISERVER := k8s.io/kubernetes/cmd/kube-apiserver
+CONTROL_PLANE := $(addprefix $(TOOLS)/,kube-apiserver kube-controller-manager kube-scheduler)
+KWOK := sigs.k8s.io/kwok/cmd/kwok
 
-cluster-tools: $(TOOLS)/etcd $(TOOLS)/kube-apiserver
+# Built from a module they would call themselves v0.0.0-master, which no chart's kubeVersion lets in.
+KUBERNETES := $(shell sed -n 's|^\tk8s.io/kubernetes v\([0-9.]*\).*|\1|p' $(GO_TOOLS)/kubernetes/go.mod)
+KUBERNETES_PARTS := $(subst ., ,$(KUBERNETES))
+KUBERNETES_FLAGS := $(foreach pair,gitVersion=v$(KUBERNETES) gitMajor=$(word 1,$(KUBERNETES_PARTS)) gitMinor=$(word 2,$(KUBERNETES_PARTS)),\
+	-X k8s.io/component-base/version.$(pair))
+
+.PHONY: chart-install-test force
+
+cluster-tools: $(TOOLS)/etcd $(CONTROL_PLANE) $(TOOLS)/kwok
 
 $(TOOLS)/etcd: $(GO_TOOLS)/etcd/go.mod $(GO_TOOLS)/etcd/go.sum
 	$(call go_build,$(ETCD))
 
-$(TOOLS)/kube-apiserver: $(GO_TOOLS)/kubernetes/go.mod $(GO_TOOLS)/kubernetes/go.sum
-	$(call go_build,$(APISERVER))
+$(CONTROL_PLANE): $(GO_TOOLS)/kubernetes/go.mod $(GO_TOOLS)/kubernetes/go.sum .tools/kubernetes.flags
+	$(call go_build,k8s.io/kubernetes/cmd/$(@F),$(KUBERNETES_FLAGS))
+
+$(TOOLS)/kwok: $(GO_TOOLS)/kwok/go.mod $(GO_TOOLS)/kwok/go.sum
+	$(call go_build,$(KWOK))
+
+# Written only where it changes: what was built with other flags is built again.
+.tools/kubernetes.flags: force
+	@mkdir -p $(@D)
+	@echo '$(strip $(KUBERNETES_FLAGS))' | cmp -s - $@ || echo '$(strip $(KUBERNETES_FLAGS))' > $@
 
 # In the directory of the module: a go.work of a parent directory has no say, and no git repository is needed.
 define go_build
@@ -90,20 +108,31 @@ endef
 test-cluster: setup cluster-tools
 	$(BIN)/pytest -m cluster --timeout 600 -v $(ARGS)
 
-# Helm and kubeconform, from their Go modules, and the schemas of Kubernetes' objects (2 minutes on 2 cores, once).
+# The chart installed on a real control plane, and a rolling restart under load. A missing tool is an error.
+chart-install-test: setup cluster-tools $(TOOLS)/helm
+	$(BIN)/pytest tests/cluster/install_checks.py tests/cluster/rolling_checks.py --timeout 300 -v $(ARGS)
+
+# Helm, helm-unittest, kubeconform and kube-score, from their Go modules, and the schemas of Kubernetes' objects (4 minutes on 2 cores,
+# once).
 CHART_TOOLS := tests/chart/tools
 SCHEMAS := .tools/schemas/complete
 
 # Helm renders for the Kubernetes it was linked for; without that it says 1.20.
 HELM_KUBERNETES := $(foreach package,chartutil lint/rules,-X helm.sh/helm/v3/pkg/$(package).k8sVersionMajor=1 -X helm.sh/helm/v3/pkg/$(package).k8sVersionMinor=36)
 
-tools: $(TOOLS)/helm $(TOOLS)/kubeconform $(SCHEMAS)
+tools: $(TOOLS)/helm $(TOOLS)/helm-unittest $(TOOLS)/kubeconform $(TOOLS)/kube-score $(SCHEMAS)
 
 $(TOOLS)/helm: $(CHART_TOOLS)/helm/go.mod $(CHART_TOOLS)/helm/go.sum
 	$(call go_build,helm.sh/helm/v3/cmd/helm,$(HELM_KUBERNETES))
 
 $(TOOLS)/kubeconform: $(CHART_TOOLS)/kubeconform/go.mod $(CHART_TOOLS)/kubeconform/go.sum
 	$(call go_build,github.com/yannh/kubeconform/cmd/kubeconform)
+
+$(TOOLS)/helm-unittest: $(CHART_TOOLS)/unittest/go.mod $(CHART_TOOLS)/unittest/go.sum
+	$(call go_build,github.com/helm-unittest/helm-unittest/cmd/helm-unittest)
+
+$(TOOLS)/kube-score: $(CHART_TOOLS)/kube-score/go.mod $(CHART_TOOLS)/kube-score/go.sum
+	$(call go_build,github.com/zegl/kube-score/cmd/kube-score)
 
 $(SCHEMAS): tests/chart/schemas.txt tests/chart/schemas.py | $(STAMP)
 	$(BIN)/python tests/chart/schemas.py
@@ -119,16 +148,60 @@ k8s: setup tools
 k8s-check: setup tools
 	$(BIN)/python helm/k8s.py --check
 
+# What the chart renders by default, as helm-unittest keeps it; look at the difference before it is committed.
+.PHONY: chart-snapshots
+chart-snapshots: setup tools
+	$(TOOLS)/helm-unittest --strict -u helm/falco-aws-forwarder
+
 # Everything about the chart that needs no cluster. A missing tool is an error.
+CHART_CHECKS := $(addprefix tests/chart/,$(addsuffix _checks.py,alert chart delivery falco refusal secure tls tool))
+
 chart-test: setup tools k8s-check
+	@command -v curl > /dev/null || { echo 'make: Falco is played by curl, and there is none in PATH: install it (Debian: apt-get install curl)' >&2; exit 1; }
 	$(BIN)/python helm/schema.py --check
-	$(BIN)/pytest tests/chart/chart_checks.py tests/chart/delivery_checks.py -q -n 2 --timeout 120 $(ARGS)
+	$(BIN)/pytest $(CHART_CHECKS) -q -n 2 --timeout 120 $(ARGS)
 
 # The PromQL of docs/sensors.md: rules and their unit tests, run by Prometheus' own tool.
 test-promql:
 	@command -v promtool > /dev/null || { echo 'make: this is run by promtool, and there is none in PATH: install Prometheus (Debian: apt-get install prometheus)' >&2; exit 1; }
 	promtool check rules tests/promql/sensors_rules.yaml
 	promtool test rules tests/promql/sensors.yaml
+
+# The AWS side (docs/aws, docs/validate.md): cfn-lint, the templates on moto, policies, queries and patterns against what really arrives.
+.PHONY: aws-test
+aws-test: setup
+	@test -x $(BIN)/cfn-lint || { echo 'make: templates are checked with cfn-lint, and there is none in $(BIN): rm $(STAMP) && make setup' >&2; exit 1; }
+	$(BIN)/pytest tests/aws_side/policies_checks.py tests/aws_side/templates_checks.py tests/aws_side/views_checks.py \
+		tests/aws_side/validation_checks.py -q -n 2 --timeout 180 $(ARGS)
+
+# Alerts and dashboards of the chart (docs/monitoring.md), on a real Prometheus that scrapes running replicas (half a minute).
+.PHONY: dashboards monitoring-lock monitoring-pictures monitoring-test monitoring-tools
+MONITORING_TOOLS := .tools/monitoring
+
+monitoring-tools:
+	@missing=$$(for program in prometheus promtool; do command -v $$program > /dev/null || echo $$program; done); \
+	test -z "$$missing" || { echo "make: alerts and dashboards are tried with programs that are not in PATH:" $$missing "(Debian: apt-get install --no-install-recommends prometheus)" >&2; exit 1; }
+
+# The chart's files/dashboards/*.json.
+dashboards: setup
+	$(BIN)/python tests/monitoring/dashboards.py
+
+monitoring-test: setup monitoring-tools $(TOOLS)/helm test-promql
+	$(BIN)/pytest $(addprefix tests/monitoring/,alerts_checks.py dashboards_checks.py monitoring_checks.py) -q -n 2 --timeout 120 $(ARGS)
+
+# docs/images: drawn from what the panels' queries say of a run of four minutes, by matplotlib from a lock of its own.
+monitoring-pictures: setup monitoring-tools $(TOOLS)/helm $(MONITORING_TOOLS)/.installed
+	$(BIN)/python tests/monitoring/pictures.py
+	$(MONITORING_TOOLS)/bin/python tests/monitoring/draw.py
+
+$(MONITORING_TOOLS)/.installed: tests/monitoring/tools.txt
+	@rm -rf $(MONITORING_TOOLS)
+	$(PYTHON) -m venv $(MONITORING_TOOLS)
+	$(MONITORING_TOOLS)/bin/python -m pip install --quiet --require-hashes --no-deps -r tests/monitoring/tools.txt
+	@touch $@
+
+monitoring-lock: setup
+	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header tests/monitoring/tools.in -o tests/monitoring/tools.txt
 
 # The image (docs/image.md). Wheels come from outside the build, every one by its hash; the project's own gets its own lock.
 .PHONY: wheels image image-lint image-lock image-test image-test-tools sbom

@@ -24,6 +24,14 @@ GROUPS = {
     "clusterroles": "rbac.authorization.k8s.io/v1",
     "clusterrolebindings": "rbac.authorization.k8s.io/v1",
     "selfsubjectaccessreviews": "authorization.k8s.io/v1",
+    "selfsubjectrulesreviews": "authorization.k8s.io/v1",
+    "statefulsets": "apps/v1",
+    "daemonsets": "apps/v1",
+    "poddisruptionbudgets": "policy/v1",
+    "endpointslices": "discovery.k8s.io/v1",
+    "storageclasses": "storage.k8s.io/v1",
+    "runtimeclasses": "node.k8s.io/v1",
+    "customresourcedefinitions": "apiextensions.k8s.io/v1",
 }
 """Group and version of what is not in the core group."""
 

@@ -1,4 +1,4 @@
-"""One API server per session, a namespace per test."""
+"""One API server per session, a namespace per test; a whole control plane per session for the checks of the chart."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.account import ServiceAccount, service_account
+from tests.cluster.control_plane import ControlPlane
 from tests.cluster.harness import Cluster
 
 _numbers = itertools.count(1)
@@ -37,3 +38,10 @@ def account(cluster: Cluster, namespace: str) -> Iterator[ServiceAccount]:
     """The forwarder's ServiceAccount, with the rules of the chart and no others."""
     with service_account(cluster, namespace) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """A whole control plane, for the checks that install the chart."""
+    with ControlPlane(tmp_path_factory.mktemp("plane")) as started:
+        yield started
