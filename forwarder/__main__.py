@@ -79,7 +79,7 @@ def _run(config: Path | None) -> int:
         signal.signal(number, _leave)
     from forwarder.app import Application  # noqa: PLC0415 - --version stays fast
     from forwarder.config import ConfigError  # noqa: PLC0415
-    from forwarder.logs import configure  # noqa: PLC0415
+    from forwarder.logs import LoopFaults, configure  # noqa: PLC0415
     from forwarder.settings import load_settings  # noqa: PLC0415
     from forwarder.spool_schema import SpoolUnusableError  # noqa: PLC0415
 
@@ -93,6 +93,7 @@ def _run(config: Path | None) -> int:
         stop = asyncio.Event()
         application = Application(settings, config=config)
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(LoopFaults())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         await application.run(stop)

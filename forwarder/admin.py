@@ -20,6 +20,7 @@ from prometheus_client import exposition
 
 from forwarder.alert import encode
 from forwarder.config import setting
+from forwarder.listening import everywhere
 from forwarder.metrics import Metrics
 from forwarder.record import DeadLetter
 from forwarder.timestamp import iso_milliseconds
@@ -27,12 +28,13 @@ from forwarder.timestamp import iso_milliseconds
 DEAD_LETTERS_DEFAULT = 100
 DEAD_LETTER_BODY_BYTES_MAX = 65_536
 SHUTDOWN_SECS_MAX = 1.0
+BACKLOG = 128
 
 
 class AdminSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of the admin port."""
 
-    host: Annotated[str, setting("Address to listen on.")] = "0.0.0.0"  # noqa: S104 - a cluster service
+    host: Annotated[str, setting("Address to listen on; all, IPv4 and IPv6, where it is empty.")] = ""
     port: Annotated[
         int, setting("Port of probes, metrics and status; 0 takes a free one.", ge=0, le=65535)
     ] = 8080
@@ -84,7 +86,12 @@ class Admin:
             application.router.add_get(path, _answering(answer))
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=SHUTDOWN_SECS_MAX)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, self._settings.host, self._settings.port)
+        host, port = self._settings.host, self._settings.port
+        site: web.BaseSite
+        if host:
+            site = web.TCPSite(self._runner, host, port)
+        else:
+            site = web.SockSite(self._runner, everywhere(port, BACKLOG))
         await site.start()
         self.port = self._runner.addresses[0][1]
 

@@ -196,17 +196,17 @@ def _is_object(line: bytes) -> bool:
 
 def _array(body: bytes) -> list[Alert]:
     try:
-        elements = [bytes(element) for element in _elements.decode(body)]
+        elements = _elements.decode(body)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise Unparsable(_words(error)) from None
     if not elements:
         raise Unparsable("the array is empty")
-    return _all(elements, "element", None)
+    _not_too_many(len(elements))
+    return _all([bytes(element) for element in elements], "element", None)
 
 
 def _all(parts: list[bytes], what: str, cause: Unparsable | None) -> list[Alert]:
-    if len(parts) > ALERTS_PER_BODY_MAX:
-        raise Unparsable(f"more than {ALERTS_PER_BODY_MAX} alerts in one body")
+    _not_too_many(len(parts))
     alerts = []
     for number, part in enumerate(parts, 1):
         try:
@@ -214,6 +214,11 @@ def _all(parts: list[bytes], what: str, cause: Unparsable | None) -> list[Alert]
         except Unparsable as fault:
             raise Unparsable(f"{what} {number}: {fault}") from cause
     return alerts
+
+
+def _not_too_many(count: int) -> None:
+    if count > ALERTS_PER_BODY_MAX:
+        raise Unparsable(f"more than {ALERTS_PER_BODY_MAX} alerts in one body")
 
 
 def _alert(body: bytes) -> Alert:

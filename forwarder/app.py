@@ -165,7 +165,7 @@ class Application:
             sinks=[worker.name for worker in self.workers],
             receiver_port=self.receiver.port,
             admin_port=self.admin.port,
-            waiting=max((worker.status().pending for worker in self.workers), default=0),
+            pending=max((worker.status().pending for worker in self.workers), default=0),
             sync=self.settings.spool.sync,
         )
 
@@ -174,7 +174,7 @@ class Application:
         self._draining = True
         self._delay = self.settings.receiver.drain_delay_secs if delay else 0.0
         await self._stack.aclose()
-        log.info("stopped", waiting=max((worker.status().pending for worker in self.workers), default=0))
+        log.info("stopped", pending=max((worker.status().pending for worker in self.workers), default=0))
 
     @staticmethod
     def tune_interpreter() -> None:
@@ -198,12 +198,14 @@ class Application:
     # ---- what the admin port asks -------------------------------------------------------------------
 
     def alive(self) -> str:
+        """What keeps the process from doing anything at all, or nothing."""
         silence = self.spool.writer_silence_secs()
         if silence > WRITER_SILENCE_SECS_MAX:
             return f"the spool's writer has not moved for {silence:.0f} s"
         return ""
 
     def ready(self) -> str:
+        """Why new alerts cannot be stored, or nothing. AWS has no part in it."""
         if self._draining:
             return "draining"
         if self.spool.failure:
@@ -215,10 +217,13 @@ class Application:
         return ""
 
     def status(self) -> dict[str, Any]:
+        """``/status``: everything a person wants to know, as JSON."""
         oldest = self.spool.oldest.values()
+        reason = self.ready()
+        state = "draining" if self._draining else "not ready" if reason else "running"
         return {
-            "state": "draining" if self._draining else (self.ready() and "not ready") or "running",
-            "reason": self.ready() or None,
+            "state": state,
+            "reason": reason or None,
             "uptime_secs": round(self._now() - self._started_at, 1),
             "spool": {
                 "alerts": self.spool.events,
@@ -240,7 +245,8 @@ class Application:
         }
 
     def publish(self) -> None:
-        self.ingest.publish()
+        """Bring all metrics up to date, before a scrape."""
+        self._fold_counts()
         self.receiver.publish()
         self.spool.publish()
         for worker in self.workers:
@@ -249,9 +255,6 @@ class Application:
             client = self.aws.client(sink.service, sink.role)
             self.metrics.clock_skew[sink.name].set(client.clock_skew_secs)
             self.metrics.credentials_expire[sink.name].set(client.credentials_expire_at())
-        for enricher in self.enrichers:
-            enricher.publish()
-        self.sensors.publish()
         status = self.rules.status()
         self.metrics.rules.set(len(status["rules"]))
         self.metrics.silences.set(sum(silence["state"] == "active" for silence in status["silences"]))
@@ -259,9 +262,11 @@ class Application:
         self.metrics.loop_lag.set(max((lag for _, lag in self._lags), default=0.0))
 
     def sensors_heard(self) -> dict[str, Any]:
+        """``/sensors``: which node's Falco was heard when, for the other replicas too."""
         return self.sensors.heard()
 
     async def dead_letters(self, before: int, limit: int) -> list[tuple[int, DeadLetter]]:
+        """A page of ``/dead-letters``, the newest first."""
         return await self.spool.dead_letters(before, limit)
 
     # ---- inside -------------------------------------------------------------------------------------
@@ -294,7 +299,7 @@ class Application:
 
     def _side_tasks(self) -> list[tuple[str, Coroutine[Any, Any, None]]]:
         """What runs beside the way of the alerts, and is simply cancelled at the end."""
-        tasks = [("loop lag", self._watch_lag()), ("receiver files", self.files.run())]
+        tasks = [("loop lag and counts", self._watch_lag()), ("receiver files", self.files.run())]
         tasks.append(("credentials", self.aws.keep_fresh()))
         if self._config is not None:
             reload = RulesReload(
@@ -338,10 +343,14 @@ class Application:
             now = loop.time()
             self._lags = [item for item in self._lags if item[0] > now - LAG_WINDOW_SECS]
             self._lags.append((now, max(0.0, now - before - LAG_PERIOD_SECS)))
-            self.ingest.publish()
-            for enricher in self.enrichers:
-                enricher.publish()
-            self.sensors.publish()
+            self._fold_counts()
+
+    def _fold_counts(self) -> None:
+        """What is counted on the way of every alert is put into the metrics here, and not by each alert."""
+        self.ingest.publish()
+        for enricher in self.enrichers:
+            enricher.publish()
+        self.sensors.publish()
 
     def _surroundings(self) -> Surroundings:
         """What the cluster's name may be learned from."""

@@ -41,7 +41,6 @@ CONNECT_SECS_MAX, READ_SECS_MAX = 3.0, 20.0
 CONNECTIONS_MAX = 16
 SDK_ATTEMPTS_MAX = 2
 FRESH_PERIOD_SECS = 60.0
-SERVICES = ("logs", "securityhub", "sts")
 
 _THROTTLES = frozenset(
     {
@@ -166,7 +165,7 @@ class Client:
     def heard(self, parsed: Any, **_: Any) -> None:
         """An answer, good or bad (``after-call`` of the SDK): its Date has whole seconds."""
         date = str(parsed.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date", ""))
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             self.clock_skew_secs = parsedate_to_datetime(date).timestamp() + 0.5 - self._now()
 
 

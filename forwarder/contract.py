@@ -1,6 +1,6 @@
 """The contract between sinks and delivery: three verbs, and a closed taxonomy of what can go wrong.
 
-A sink declares its limits as data, encodes purely and makes one call; retry, back-off, batching and checkpoints are
+A sink declares its limits as data, encodes purely and makes one call; retry, back-off, batching and cursors are
 the worker's (``delivery``). ``aws.translate`` is the one place that turns the SDK's errors into these; a sink may look at
 them where it makes what is missing (a log stream), all else is the worker's to decide. A failure's ``code`` is a metric
 label and one of ``metrics.ERROR_CODES``.

@@ -79,7 +79,7 @@ class Worker:
 
     def status(self) -> Status:
         left = self._spool.pending(self.name) + self._spool.pending_unparsed(self.name)
-        return self._progress.status(pending=left)
+        return self._progress.status(pending=left, oldest_secs=self._spool.oldest_secs(self.name))
 
     def publish(self) -> None:
         """Bring the gauges up to date (before a scrape)."""

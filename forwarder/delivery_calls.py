@@ -75,7 +75,7 @@ class Courier:
         rng: random.Random,
     ) -> None:
         self.sink = sink
-        self.progress = Progress(sink.name, metrics)
+        self.progress = Progress(sink.name, metrics, now)
         self.draining = asyncio.Event()
         """Set: give up at the first failure, wait for nothing."""
         self._settings = settings

@@ -93,9 +93,11 @@ class FindingsWorker:
         left += unparsed
         issues = self._issues
         if issues is None:
-            return self._progress.status(pending=left)
+            return self._progress.status(pending=left, oldest_secs=self._oldest_secs())
         return self._progress.status(
-            pending=left + issues.due_alerts, aggregating=issues.untold - issues.due_alerts
+            pending=left + issues.due_alerts,
+            oldest_secs=self._oldest_secs(),
+            aggregating=issues.untold - issues.due_alerts,
         )
 
     def publish(self) -> None:
@@ -111,10 +113,13 @@ class FindingsWorker:
             metrics.aggregating[name].set(issues.untold - issues.due_alerts)
             metrics.issues.set(len(issues))
             metrics.issues_max.set(issues.entries_max)
-            oldest = self._spool.oldest.get(name)
-            waited = max(0.0, self._now() - oldest) if oldest is not None else 0.0
-            metrics.spool_oldest[name].set(max(waited, issues.oldest_secs()))
+            metrics.spool_oldest[name].set(self._oldest_secs())
         metrics.pending[name].set(pending)
+
+    def _oldest_secs(self) -> float:
+        """Of what is not counted yet, or of what is counted and due."""
+        waited = self._spool.oldest_secs(self.name)
+        return waited if self._issues is None else max(waited, self._issues.oldest_secs())
 
     def _left(self) -> tuple[int, int]:
         """Alerts and unparsable bodies not counted yet. What is counted and not yet on disk is in the numbers of issues already."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import structlog
@@ -9,6 +10,8 @@ import structlog
 from forwarder.contract import DeliveryError
 from forwarder.delivery_round import Tally
 from forwarder.metrics import STATES, Metrics
+
+TELL_SECS = 600.0
 
 log = structlog.get_logger("delivery")
 
@@ -19,6 +22,8 @@ class Status(NamedTuple):
     state: str
     pending: int
     """Everything the sink still has to do, unparsable bodies included: 0 means done."""
+    oldest_secs: float
+    """Age of the oldest alert that waits."""
     aggregating: int
     """Alerts counted in findings that say so at their next update: nothing is wrong with them."""
     recovered: int
@@ -28,12 +33,15 @@ class Status(NamedTuple):
     retries: int
     last_success: float | None
     last_error: str | None
+    last_error_code: str | None
+    """As in the metric ``send_failed`` and in the log: ``network``, ``credentials`` ..."""
 
 
 class Progress:
     """One sink's numbers since the start of the process."""
 
-    def __init__(self, sink: str, metrics: Metrics) -> None:
+    def __init__(self, sink: str, metrics: Metrics, now: Callable[[], float]) -> None:
+        self._now = now
         self._sink = sink
         self._metrics = metrics
         self._state = "starting"
@@ -41,11 +49,14 @@ class Progress:
         self._is_recovered = False
         self._last_success: float | None = None
         self._last_error: str | None = None
+        self._last_error_code: str | None = None
+        self._told_at = 0.0
 
-    def status(self, *, pending: int, aggregating: int = 0) -> Status:
+    def status(self, *, pending: int, oldest_secs: float, aggregating: int = 0) -> Status:
         return Status(
             state=self._state,
             pending=pending,
+            oldest_secs=round(oldest_secs, 1),
             aggregating=aggregating,
             recovered=self._recovered,
             delivered=self._delivered,
@@ -54,6 +65,7 @@ class Progress:
             retries=self._retries,
             last_success=self._last_success,
             last_error=self._last_error,
+            last_error_code=self._last_error_code if self._last_error else None,
         )
 
     def enter(self, state: str) -> None:
@@ -68,17 +80,18 @@ class Progress:
             self._metrics.state[self._sink, name].set(name == state)
 
     def block(self, error: DeliveryError) -> None:
-        self._last_error = str(error)
+        self._last_error, self._last_error_code = str(error), error.code
         if self._state != "blocked":
             log.error("sink is blocked, alerts wait in the spool", sink=self._sink, error=str(error))
         self.enter("blocked")
 
     def failed(self, error: DeliveryError) -> None:
-        """A call failed. An error is logged when it differs from the last one."""
+        """A call failed. An error is logged when it differs from the last one, and again while it goes on."""
         self._metrics.failures[self._sink, error.code].inc()
-        text = str(error)
-        if text != self._last_error:
-            self._last_error = text
+        text, now = str(error), self._now()
+        if text != self._last_error or now - self._told_at >= TELL_SECS:
+            self._told_at = now
+            self._last_error, self._last_error_code = text, error.code
             log.warning("call failed", sink=self._sink, code=error.code, error=text)
 
     def succeeded(self, at: float, records: int, *, clean: bool) -> None:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import structlog
 
-from forwarder.alert import Alert, Unparsable, decode, encode
+from forwarder.alert import Alert, Decoded, Unparsable, decode, encode
 from forwarder.custom_members import CustomMembers
 from forwarder.enricher import Enrichment
 from forwarder.metrics import Metrics
@@ -142,11 +142,10 @@ class Ingest:
         """
         started = self._now()
         self._received_bytes += len(body)
-        try:
-            decoded = decode(body)
-        except Unparsable as fault:
+        decoded = _decoded(body)
+        if isinstance(decoded, str):
             self._received += 1
-            return await self._keep_unparsed(body, str(fault))
+            return await self._keep_unparsed(body, decoded)
         alerts = decoded.alerts
         self._received += len(alerts)
         if decoded.utf8_replaced:
@@ -372,3 +371,11 @@ def _digest(alert: Alert) -> bytes:
     """Of the sender's bytes as far as they are kept."""
     data = alert.body + alert.sender_keys if alert.sender_keys else alert.body
     return hashlib.sha256(data).digest()[:DIGEST_BYTES]
+
+
+def _decoded(body: bytes) -> Decoded | str:
+    """The alerts, or why there are none. Not the error itself: its traceback would keep all that was decoded while we wait for the disk."""
+    try:
+        return decode(body)
+    except Unparsable as fault:
+        return str(fault)

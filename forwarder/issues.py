@@ -248,6 +248,7 @@ class Issues:
         key, told = claim.key, claim.issue
         issue = unpack(self._table[key])
         self._flying.discard(key)
+        self._due.settled(key)
         self.due_alerts -= self._pressing.pop(key)
         fresh = 0 if issue.kind == NOTICE else told.count - issue.told
         self.untold -= fresh

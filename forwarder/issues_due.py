@@ -39,6 +39,8 @@ class Due:
         self._levels: dict[bytes, int] = {}
         self._heap: list[tuple[float, bytes]] = []
         self._later: dict[bytes, float] = {}
+        self._taken: dict[bytes, float] = {}
+        """Since when those have been due that were taken: what hangs in a call, or was put off after one, waits no less."""
 
     def __len__(self) -> int:
         """How many are due."""
@@ -96,8 +98,9 @@ class Due:
         return self._heap[0][0] if self._heap else None
 
     def oldest_secs(self) -> float:
-        """How long the key has been due that waits longest."""
+        """How long the key has been due that waits longest, taken or not."""
         waits = [head.since for level in range(len(self._queues)) if (head := self._head(level))]
+        waits.extend(self._taken.values())
         return max(0.0, self._monotonic() - min(waits)) if waits else 0.0
 
     def take(self, count_max: int) -> list[Waiting]:
@@ -106,7 +109,13 @@ class Due:
         for level in reversed(range(len(self._queues))):
             while len(chosen) < count_max and self._head(level) is not None:
                 chosen.append(self._pop(level))
+        for key, since in chosen:
+            self._taken[key] = min(since, self._taken.get(key, since))
         return chosen
+
+    def settled(self, key: bytes) -> None:
+        """What was taken is done."""
+        self._taken.pop(key, None)
 
     def _aged(self, count_max: int) -> list[Waiting]:
         """Those that have waited too long."""

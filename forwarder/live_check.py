@@ -1,6 +1,6 @@
 """``falco-forwarder check --live``: tries what the configuration needs at AWS, and says what to do about it.
 
-Each step makes the same calls the service will make: identity, group and stream, a harmless test event, and for
+The files of the receiver's TLS and passwords are read. Each step makes the same calls the service will make: identity, group and stream, a harmless test event, and for
 Security Hub a test finding marked as such (INFORMATIONAL, archived, one fixed Id), because nothing less proves the
 permission.
 """
@@ -16,6 +16,8 @@ from forwarder.aws import Aws, Client, role_of
 from forwarder.contract import Blocked, DeliveryError, Permanent, Permission
 from forwarder.live_check_step import Step
 from forwarder.live_check_surroundings import surroundings
+from forwarder.metrics import Metrics
+from forwarder.receiver_files import ReceiverFiles, ReceiverFilesError
 from forwarder.settings import Settings, enabled_sinks
 from forwarder.timestamp import iso_milliseconds
 
@@ -25,7 +27,7 @@ TEST_STREAM = "falco-forwarder-check"
 async def live_check(settings: Settings) -> list[Step]:
     """All steps for the enabled sinks; never raises for what AWS says."""
     aws = Aws(settings.aws)
-    steps: list[Step] = [Step("region", ok=True, finding=aws.region)]
+    steps: list[Step] = [*await _receiver(settings), Step("region", ok=True, finding=aws.region)]
     sinks = [name for name in enabled_sinks(settings) if name in _CHECKS]
     try:
         await aws.open_clients([(_CHECKS[name][0], role_of(getattr(settings.sinks, name))) for name in sinks])
@@ -72,6 +74,24 @@ def _advice(error: DeliveryError, advice: str) -> str:
     if isinstance(error, Permission | Blocked | Permanent):
         return advice
     return "try again later"
+
+
+async def _receiver(settings: Settings) -> list[Step]:
+    """The files of TLS and passwords, where there are any: with a fault in them the service does not start."""
+    own = settings.receiver
+    if not (own.tls.cert_file or own.auth.credentials_file):
+        return []
+    files = ReceiverFiles(own, Metrics([]))
+    try:
+        await files.load()
+    except ReceiverFilesError as error:
+        return [Step("receiver: TLS and passwords", ok=False, finding=str(error))]
+    found = []
+    if files.tls is not None:
+        found.append(f"certificate until {iso_milliseconds(int(files.tls.expires_at * 1e9))[:10]}")
+    if files.credentials is not None:
+        found.append(f"{len(files.credentials)} passwords")
+    return [Step("receiver: TLS and passwords", ok=True, finding=", ".join(found))]
 
 
 async def _cloudwatch_logs(settings: Settings, aws: Aws) -> list[Step]:

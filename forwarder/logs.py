@@ -6,10 +6,12 @@ line per alert.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+import time
+from collections.abc import Callable, MutableMapping
 from typing import Annotated, Any, Literal, TextIO
 
 import msgspec
@@ -20,13 +22,16 @@ from forwarder.config import setting
 REDACTED = "[redacted]"
 VALUE_LENGTH_MAX = 4000
 DEPTH_MAX = 6
+LOOP_FAULT_SECS, KINDS_MAX, KIND_LENGTH_MAX = 10.0, 100, 200
 _SECRET_KEY = re.compile(r"(?i)(secret|token|password|passwd|authorization|credential)")
 _SECRET_TEXT = re.compile(
     r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b"
     r"|(?<=://)[^/\s\"']+(?=@)"
 )
 _SECRET_PAIR = re.compile(
-    r"(?i)((?:secret|token|password|passwd|authorization|credential|signature)[\w-]*[\"']?\s*[:=]\s*[\"']?"
+    r"(?i)((?:secret|token|password|passwd|authorization|credential|signature)[\w-]*"
+    # AWS' names of errors are no secrets, and what follows is what a person needs.
+    r"(?<!error)(?<!exception)(?<!tokenid)(?<!identitytoken)(?<!doesnotmatch)(?<!incompletesignature)[\"']?\s*[:=]\s*[\"']?"
     r"(?:bearer\s+|basic\s+)?)[^\s\"',;&}\])]+"
 )
 
@@ -99,3 +104,30 @@ def configure(level: str, stream: TextIO | None = None) -> None:
 
 def _serialise(event: Any, **_: Any) -> str:
     return msgspec.json.encode(event, enc_hook=str, order="deterministic").decode()
+
+
+class LoopFaults:
+    """The event loop's own reports, each kind at most once in ten seconds.
+
+    Out of file descriptors, asyncio reports a thousand failed accepts a second: the log would fill the disk the spool needs.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._told: dict[str, float] = {}
+        self._silent: dict[str, int] = {}
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """For ``loop.set_exception_handler``."""
+        kind = str(context.get("message", ""))[:KIND_LENGTH_MAX]
+        now = self._now()
+        if now - self._told.get(kind, -LOOP_FAULT_SECS) < LOOP_FAULT_SECS:
+            self._silent[kind] = self._silent.get(kind, 0) + 1
+            return
+        if len(self._told) >= KINDS_MAX:
+            self._told.clear()
+            self._silent.clear()
+        self._told[kind] = now
+        if more := self._silent.pop(kind, 0):
+            context = {**context, "message": f"{kind} (and {more} times since the last line)"}
+        loop.default_exception_handler(context)

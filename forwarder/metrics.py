@@ -1,7 +1,7 @@
 """Every metric of the forwarder, declared once: name, help, labels, buckets.
 
 Rules: prefix ``falco_forwarder_``; units last; counters end in ``_total`` and grow after success only; every
-label value comes from a closed set and its series exists at 0 from the first scrape, so that alert rules and
+label value comes from a closed set and its series exists at 0 from the first scrape (sensors' nodes apart: ``sensors_metrics``), so that alert rules and
 dashboards never meet a gap. The registry belongs to the instance: two applications in one process (tests) do
 not share numbers.
 
@@ -93,8 +93,15 @@ WATCH_RESTARTS = (
 )
 STATES = ("starting", "delivering", "retrying", "blocked", "stopped")
 AUTH_FAULTS = ("missing", "wrong")
-HANDSHAKE_FAULTS = ("plain_http", "no_certificate", "untrusted_certificate", "refused_by_sender", "other")
-CONNECTION_LIMITS = ("connections", "header_timeout", "age", "bodies")
+HANDSHAKE_FAULTS = (
+    "plain_http",
+    "no_certificate",
+    "untrusted_certificate",
+    "refused_by_sender",
+    "left",
+    "other",
+)
+CONNECTION_LIMITS = ("connections", "idle", "header_timeout", "age", "bodies")
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -176,7 +183,10 @@ class Metrics:
         }
         self.connections = self._gauge("connections", "Open connections of senders")
         closed = self._counter(
-            "connections_closed", "Connections closed by a limit; bodies: their alert was not read", "limit"
+            "connections_closed",
+            "Connections closed by a limit. connections, bodies: turned away, their alert was not read; idle: one that never sent a "
+            "request made room; age: with an answer",
+            "limit",
         )
         self.connections_closed = {limit: closed.labels(limit) for limit in CONNECTION_LIMITS}
         self._receiver_files()
@@ -189,7 +199,7 @@ class Metrics:
         failed = self._counter(
             "tls_handshakes_failed",
             "Connections that never were one. plain_http: no TLS; no_certificate, untrusted_certificate: of the sender; "
-            "refused_by_sender: it does not trust ours",
+            "refused_by_sender: it does not trust ours; left: it closed, or said nothing in time, as a port scan does",
             "reason",
         )
         self.handshakes_failed = {reason: failed.labels(reason) for reason in HANDSHAKE_FAULTS}

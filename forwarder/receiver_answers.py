@@ -13,6 +13,8 @@ from forwarder.ingest import Answer, Outcome
 from forwarder.timestamp import iso_milliseconds
 
 RETRY_AFTER_SECS = 5
+UNREAD_BYTES_MAX = 64 << 10
+"""Of answers that nobody reads."""
 
 
 class Stored(web.Response):
@@ -35,6 +37,9 @@ class Stored(web.Response):
         transport = request.transport
         if transport is None:
             raise ConnectionResetError("the sender left")
+        if transport.get_write_buffer_size() > UNREAD_BYTES_MAX:
+            transport.abort()
+            raise ConnectionResetError("the sender reads no answers")
         second = int(time.time())
         if second != self._second:
             date = formatdate(second, usegmt=True).encode()
@@ -50,6 +55,14 @@ class Stored(web.Response):
 
 
 def other_methods(request: web.BaseRequest) -> web.Response:
+    """``GET /ping``, ``GET /healthz`` as falcosidekick has them; nothing else is no POST."""
+    if request.body_exists:
+        answer = refuse(
+            405, "only alerts have a body, and they are posted: POST / with one Falco alert as JSON"
+        )
+        answer.headers["Allow"] = "POST"
+        answer.force_close()
+        return answer
     if request.method in {"GET", "HEAD"}:
         if request.path == "/ping":
             return web.Response(text="pong\n")
@@ -66,6 +79,7 @@ def keeps(request: web.BaseRequest) -> bool:
 
 
 def response_to(answer: Answer) -> web.Response:
+    """What ingest did with a body, as HTTP."""
     if answer.outcome is Outcome.STORED:
         return web.Response()
     if answer.outcome is Outcome.UNPARSED:
@@ -74,6 +88,7 @@ def response_to(answer: Answer) -> web.Response:
 
 
 def refuse(status: int, fault: str) -> web.Response:
+    """One line of JSON for a person."""
     return web.Response(status=status, body=encode({"error": fault}) + b"\n", content_type="application/json")
 
 

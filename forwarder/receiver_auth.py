@@ -21,16 +21,20 @@ class Credentials:
     def __init__(self, content: bytes) -> None:
         """Raises ``ValueError`` with what is wrong with the file; passwords are not in it."""
         try:
-            lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+            lines = [line.rstrip("\r") for line in content.decode("utf-8-sig").split("\n")]
         except UnicodeDecodeError:
             raise ValueError("is not UTF-8 text") from None
-        given = [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
+        given = [
+            (number, line)
+            for number, line in enumerate(lines, 1)
+            if line.strip() and not line.startswith("#")
+        ]
         for number, line in given:
             user, colon, password = line.partition(":")
             if not (user and colon and password):
                 raise ValueError(f"line {number} is not user:password")
         if not given:
-            raise ValueError("has no line user:password: nobody could post")
+            raise ValueError("has no line of the form user:password, so nobody could post")
         if len(given) > CREDENTIALS_MAX:
             raise ValueError(f"has {len(given)} lines, {CREDENTIALS_MAX} are allowed")
         self._digests = frozenset(_digest(line.encode()) for _, line in given)

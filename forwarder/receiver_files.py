@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import structlog
 
 from forwarder.metrics import Metrics
 from forwarder.receiver_auth import Credentials
+from forwarder.receiver_connection import address_of
 from forwarder.receiver_settings import ReceiverSettings
 from forwarder.receiver_tls import Tls
 
@@ -59,7 +62,7 @@ class ReceiverFiles:
 
     async def load(self) -> None:
         """For the start: raises ``ReceiverFilesError`` with every fault."""
-        await self.look()
+        await self._look()
         if self._faults:
             raise ReceiverFilesError("; ".join(self._faults))
 
@@ -74,24 +77,30 @@ class ReceiverFiles:
                 log.exception("looking at the receiver's files failed")
 
     async def look(self) -> None:
-        """Look once, and put in force what is new and good."""
-        changed, faults = await self._in_thread(self._take)
-        if faults and faults != self._faults:
-            log.error("the receiver's files have faults", faults=faults)
+        """Look once, put in force what is new and good, and say so."""
+        before = self._faults
+        changed = await self._look()
+        if self._faults and self._faults != before:
+            log.error("the receiver's files have faults", faults=self._faults)
         elif changed:
             log.info("the receiver's files are in force", sections=changed)
-        self._faults = faults
-        self._metrics.receiver_files_ok.set(not faults)
+
+    async def _look(self) -> list[str]:
+        changed: list[str]
+        changed, self._faults = await self._in_thread(self._take)
+        self._metrics.receiver_files_ok.set(not self._faults)
         if self.tls is not None and self.tls.expires_at:
             self._metrics.certificate_expires.set(self.tls.expires_at)
+        return changed
 
-    def _handshake_failed(self, reason: str) -> None:
-        """Whoever that was has no connection, so no address either."""
+    def _handshake_failed(self, reason: str, transport: asyncio.BaseTransport) -> None:
         self._metrics.handshakes_failed[reason].inc()
         now = asyncio.get_running_loop().time()
-        if now >= self._told_at + TELL_SECS:
+        if reason != "left" and now >= self._told_at + TELL_SECS:
             self._told_at = now
-            log.warning("TLS handshake failed: what was to be sent is lost", reason=reason)
+            log.warning(
+                "TLS handshake failed: what was to be sent is lost", reason=reason, peer=address_of(transport)
+            )
 
     def _take(self) -> tuple[list[str], list[str]]:
         """The sections with new files, and the faults of all."""
@@ -127,9 +136,12 @@ class ReceiverFiles:
 
 
 def _read(key: str, path: Path) -> bytes:
-    """The content of a file; raises ``ValueError``."""
+    """The content of a file; raises ``ValueError``. Nothing but a regular file: a pipe would keep us for ever."""
     try:
-        with path.open("rb") as file:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError(f"{key} ({path}): is no regular file")
             content = file.read(FILE_BYTES_MAX + 1)
     except OSError as error:
         raise ValueError(f"{key} ({path}): {error.strerror or error}") from None

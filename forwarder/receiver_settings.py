@@ -49,7 +49,7 @@ class ReceiverAuthSettings(msgspec.Struct, frozen=True, kw_only=True):
 class ReceiverSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of the receiver."""
 
-    host: Annotated[str, setting("Address to listen on.")] = "0.0.0.0"  # noqa: S104 - a cluster service
+    host: Annotated[str, setting("Address to listen on; all, IPv4 and IPv6, where it is empty.")] = ""
     port: Annotated[int, setting("Port Falco posts to; 0 takes a free one.", ge=0, le=65535)] = 2801
     body_bytes_max: Annotated[
         int, setting("Largest body; more is answered 413.", unit="bytes", ge=1024, le=64 << 20)

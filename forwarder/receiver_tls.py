@@ -1,22 +1,32 @@
-"""TLS of the receiver. The certificate may be renewed while senders are connected.
+"""TLS of the receiver: the certificate in force, and the handshakes.
 
-asyncio keeps the one context it was given, so that context hands each new connection to the one now in force. A renewed
-pair is first loaded whole; only then new connections meet it. Those that stand keep theirs until their age ends them.
+The certificate may be renewed while senders are connected: a renewed pair is first loaded whole; only then new connections meet it.
+Those that stand keep theirs until their age ends them.
 
-A handshake that fails reaches nobody in asyncio: no connection is made, nothing is logged. It is an alert that Falco could
-not send, so it is counted here, by the class of the TLS object (``SSLContext.sslobject_class``).
+The listener accepts plain connections, and each has its handshake here (``Handshake``) before it becomes a sender's: asyncio's
+own listener would tell nobody of one that failed, and an alert that Falco could not send is what people must hear of. A
+handshake has ``header_secs_max``; of more than ``HANDSHAKES_MAX`` at a time the oldest goes, so that connections that never speak
+do not keep Falco out.
+
+With client certificates no session is resumed: a ticket would let a sender in after its certificate has expired.
 """
 
 from __future__ import annotations
 
+import asyncio
 import datetime as dt
 import ssl
-import weakref
+from asyncio import sslproto
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 from forwarder.metrics import HANDSHAKE_FAULTS
 from forwarder.receiver_settings import ReceiverTlsSettings
+
+HANDSHAKES_MAX = 256
+GOODBYE_SECS_MAX = 2.0
+BUFFER_BYTES = 32 << 10
+"""asyncio takes 256 KiB for every TLS connection; a TLS record has 16 KiB at most."""
 
 _REASONS = {
     "HTTP_REQUEST": "plain_http",
@@ -31,24 +41,21 @@ _REASONS = {
 _UTC_TIME, _CONTEXT_0 = 0x17, 0xA0
 
 
-class Tls(ssl.SSLContext):
-    """What asyncio is given. ``failed`` hears of each handshake that failed, with a reason of ``HANDSHAKE_FAULTS``."""
+class Tls:
+    """The certificate in force."""
 
-    def __new__(cls, *_: Any) -> Self:
-        return super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
-
-    def __init__(self, settings: ReceiverTlsSettings, failed: Callable[[str], object]) -> None:
+    def __init__(
+        self, settings: ReceiverTlsSettings, failed: Callable[[str, asyncio.BaseTransport], object]
+    ) -> None:
+        """``failed`` hears of each handshake that failed: a reason of ``HANDSHAKE_FAULTS``, and whose it was."""
         self._settings = settings
         self._failed = failed
-        self._shaking: weakref.WeakSet[ssl.SSLObject] = weakref.WeakSet()
-        self._in_force: ssl.SSLContext | None = None
+        self.context: ssl.SSLContext | None = None
         self.expires_at = 0.0
         """Unix seconds at which the certificate in force expires."""
-
-    @property
-    def handshakes(self) -> int:
-        """Connections that were accepted and are not yet a sender's."""
-        return len(self._shaking)
+        self.handshakes: dict[Handshake, None] = {}
+        """Under way, the oldest first."""
+        sslproto.SSLProtocol.max_size = BUFFER_BYTES
 
     def load(self, cert: bytes) -> None:
         """Put what the files have now in force; ``cert`` is the content of the certificate's, read before.
@@ -67,40 +74,95 @@ class Tls(ssl.SSLContext):
             except (ssl.SSLError, OSError) as error:
                 raise ValueError(f"receiver.tls.client_ca_file: {_fault(error)}") from None
             context.verify_mode = ssl.CERT_REQUIRED
+            context.options |= ssl.OP_NO_TICKET
+            context.num_tickets = 0
         try:
             expires_at = expiry(cert)
         except ValueError as error:
             raise ValueError(f"receiver.tls.cert_file: {error}") from None
-        context.sslobject_class = self._watched_class()
-        self._in_force, self.expires_at = context, expires_at
+        self.context, self.expires_at = context, expires_at
 
-    def wrap_bio(self, *args: Any, **keys: Any) -> ssl.SSLObject:
-        """A new connection, for the certificate in force."""
-        assert self._in_force is not None  # noqa: S101 - for the type checker: loaded before the listener opens
-        made = self._in_force.wrap_bio(*args, **keys)
-        self._shaking.add(made)
-        return made
+    def began(self, handshake: Handshake) -> None:
+        """Count it; where there are too many, the oldest goes."""
+        self.handshakes[handshake] = None
+        if len(self.handshakes) > HANDSHAKES_MAX:
+            next(iter(self.handshakes)).give_up()
 
-    def _watched_class(self) -> type[ssl.SSLObject]:
-        shaking, failed = self._shaking, self._failed
+    def ended(self, handshake: Handshake) -> None:
+        self.handshakes.pop(handshake, None)
 
-        class Watched(ssl.SSLObject):
-            """Tells how its handshake ended."""
+    def failed(self, error: Exception, transport: asyncio.BaseTransport) -> None:
+        """An error that is none of TLS: the other side left, or said nothing in time."""
+        reason = "left"
+        if isinstance(error, ssl.SSLError):
+            reason = _REASONS.get(error.reason or "", "other")
+        assert reason in HANDSHAKE_FAULTS  # noqa: S101
+        self._failed(reason, transport)
 
-            def do_handshake(self) -> None:
-                try:
-                    super().do_handshake()
-                except ssl.SSLWantReadError:
-                    raise
-                except ssl.SSLError as error:
-                    shaking.discard(self)
-                    reason = _REASONS.get(error.reason or "", "other")
-                    assert reason in HANDSHAKE_FAULTS  # noqa: S101
-                    failed(reason)
-                    raise
-                shaking.discard(self)
 
-        return Watched
+class Handshake(asyncio.Protocol):
+    """A connection that is not a sender's yet. What comes right behind the handshake is kept for the one it becomes."""
+
+    def __init__(self, tls: Tls, *, secs_max: float, becomes: Callable[[], asyncio.Protocol]) -> None:
+        """``becomes`` makes the protocol that takes over."""
+        self._tls = tls
+        self._secs_max = secs_max
+        self._becomes = becomes
+        self._data = bytearray()
+        self._lost = self._eof = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker: a TCP listener's
+        transport.pause_reading()  # not a byte before there is somebody who understands it
+        self._transport = transport
+        self._tls.began(self)
+        self._task = asyncio.get_running_loop().create_task(self._shake(), name="TLS handshake")
+
+    def data_received(self, data: bytes) -> None:
+        self._data += data
+
+    def eof_received(self) -> bool:
+        self._eof = True
+        return False
+
+    def connection_lost(self, exc: BaseException | None) -> None:  # noqa: ARG002 - the signature is asyncio's
+        self._lost = True
+
+    def give_up(self) -> None:
+        """Make room: whoever took so long is nobody."""
+        self._tls.ended(self)
+        self._transport.abort()
+
+    async def _shake(self) -> None:
+        loop = asyncio.get_running_loop()
+        assert self._tls.context is not None  # noqa: S101 - for the type checker: loaded before the listener opens
+        secured: Any = None
+        try:
+            if self._lost:
+                raise ConnectionResetError
+            secured = await loop.start_tls(
+                self._transport,
+                self,
+                self._tls.context,
+                server_side=True,
+                ssl_handshake_timeout=self._secs_max,
+                ssl_shutdown_timeout=GOODBYE_SECS_MAX,
+            )
+        except (OSError, TimeoutError) as error:
+            self._tls.failed(error, self._transport)
+        finally:
+            self._tls.ended(self)
+            if secured is None:
+                self._transport.abort()
+        if secured is None or self._lost:
+            return
+        protocol = self._becomes()
+        secured.set_protocol(protocol)
+        protocol.connection_made(secured)
+        if self._data:
+            protocol.data_received(bytes(self._data))
+        if self._eof:
+            protocol.eof_received()
 
 
 def expiry(pem: bytes) -> float:

@@ -381,6 +381,10 @@ class Spool:
         self._room.clear()
         self.publish()
 
+    def oldest_secs(self, sink: str) -> float:
+        """How long the sink's oldest alert has waited, as housekeeping last saw it."""
+        return max(0.0, self._now() - self.oldest[sink]) if sink in self.oldest else 0.0
+
     def publish(self) -> None:
         """Bring the gauges up to date."""
         self._metrics.spool_events.set(self.events)
@@ -389,8 +393,7 @@ class Spool:
         for sink, count in self.dead.items():
             self._metrics.dead_letters.labels(sink).set(count)
         for sink, gauge in self._metrics.spool_oldest.items():
-            created = self.oldest.get(sink)
-            gauge.set(max(0.0, self._now() - created) if created is not None else 0.0)
+            gauge.set(self.oldest_secs(sink))
         nearly_full = self.fill >= FILL_WARN
         if nearly_full and not self._warned:
             log.warning("spool is filling up", used_bytes=self.used_bytes, limit_bytes=self.limit_bytes)

@@ -18,7 +18,7 @@ class SpoolSettings(msgspec.Struct, frozen=True, kw_only=True):
     bytes_max: Annotated[
         int,
         setting(
-            "Quota for waiting alerts and dead letters. Leave a quarter of the volume free.",
+            "Quota for waiting alerts and dead letters. Leave two fifths of the volume free: what is more is lowered.",
             unit="bytes",
             ge=1 << 20,
         ),

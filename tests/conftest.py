@@ -18,7 +18,7 @@ from blockbuster import BlockBuster, BlockingError
 from blockbuster import blockbuster as blockbuster_module
 from botocore.loaders import JSONFileLoader
 
-from forwarder import app, delivery_calls, delivery_telling, logs, receiver, spool
+from forwarder import app, delivery_calls, delivery_telling, logs, receiver, receiver_connection, spool
 from forwarder.app import Application
 from forwarder.receiver_files import ReceiverFiles
 from forwarder.rules_reload import RulesReload
@@ -121,7 +121,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery_telling, "BACKOFF_BASE_SECS", 0.02)
     monkeypatch.setattr(delivery_telling, "BACKOFF_MAX_SECS", 0.2)
     monkeypatch.setattr(receiver, "SWEEP_SECS", 0.05)
-    monkeypatch.setattr(receiver, "LINGER_SECS", 0.1)
+    monkeypatch.setattr(receiver_connection, "LINGER_SECS", 0.1)
     monkeypatch.setattr(spool, "HOUSEKEEPING_SECS", 0.05)
     monkeypatch.setattr(app, "RulesReload", partial(RulesReload, period_secs=0.05))
     monkeypatch.setattr(app, "ReceiverFiles", partial(ReceiverFiles, period_secs=0.05))

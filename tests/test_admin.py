@@ -120,6 +120,7 @@ async def test_status_has_its_documented_shape(aws: FakeAws, forwarder: Start) -
             "retries",
             "last_success",
             "last_error",
+            "last_error_code",
         }
         assert (sink["state"], sink["pending"], sink["last_error"]) == ("delivering", 0, None)
         assert sink["delivered"] + sink["filtered"] == len(REAL_BODIES)

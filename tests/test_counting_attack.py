@@ -343,6 +343,24 @@ def test_what_goes_back_keeps_its_order() -> None:
     assert [claim.key for claim in table.issues.claim(10)] == [claim.key for claim in first]
 
 
+def test_what_hangs_in_a_call_waits_no_less() -> None:
+    """An endpoint that takes calls and never answers: the age of what it was given goes on, also while it is put off."""
+    table = Table()
+    table.count("old")
+    table.secs += 1000
+    (claim,) = table.issues.claim(10)
+    table.secs += 100
+    assert table.issues.oldest_secs() == 1100
+    table.issues.put_back(claim, delay_secs=30)
+    table.secs += 20
+    assert table.issues.oldest_secs() == 1120
+    table.secs += 20
+    (claim,) = table.issues.claim(10)
+    assert table.issues.oldest_secs() == 1140
+    table.issues.settle(claim)
+    assert table.issues.oldest_secs() == 0
+
+
 def test_the_oldest_is_seen_after_a_failed_call() -> None:
     """``oldest_secs``, which is a metric, and what is kept for those that have waited, do not forget who waits longest."""
     table = Table()

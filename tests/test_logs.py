@@ -189,6 +189,25 @@ def test_secrets_within_text_are_redacted(stream: io.StringIO, text: str, secret
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "NoCredentialsError: Unable to locate credentials",
+        "CredentialRetrievalError: Error when retrieving credentials",
+        "ExpiredTokenException: The security token included in the request is expired",
+        "InvalidClientTokenId: The security token included in the request is invalid.",
+        "InvalidIdentityToken: No OpenIDConnect provider found in your account",
+        "InvalidSignatureException: Signature expired",
+        "SignatureDoesNotMatch: The request signature we calculated does not match",
+        "IncompleteSignature: the request is not signed as AWS wants it",
+    ],
+)
+def test_what_aws_says_of_secrets_is_no_secret(stream: io.StringIO, text: str) -> None:
+    """Without its first word a sentence may say the opposite."""
+    structlog.get_logger("x").info("call failed", error=text)
+    assert json.loads(stream.getvalue())["error"] == text
+
+
+@pytest.mark.parametrize(
     "value",
     [
         {"password": SECRET},

@@ -26,6 +26,7 @@ from aiohttp import web
 
 from forwarder import __version__, live_check
 from forwarder.__main__ import EXIT_CONFIG, EXIT_FAILED, EXIT_OK, main
+from tests.certificates import Authority
 from tests.fakes.aws import FakeAws
 from tests.samples import REAL_BODIES
 
@@ -210,6 +211,28 @@ def test_a_good_set_up(check: Check, fake: FakeAws) -> None:
     assert list(fake.groups["/falco/prod"].streams) == [live_check.TEST_STREAM]
     assert len(fake.events()) == 2
     assert fake.validation_errors == []
+
+
+def test_the_files_of_the_receiver_are_read(
+    check: Check, fake: FakeAws, config: Path, tmp_path: Path
+) -> None:
+    assert fake.hub_enabled
+    pair = Authority(tmp_path).pair()
+    (tmp_path / "users").write_text("falco:secret")
+    tls = f"tls: {{cert_file: {pair.cert}, key_file: {pair.key}}}, auth: {{credentials_file: {tmp_path}/users}}}}"
+    config.write_text(config.read_text().replace("drain_delay_secs: 0}", f"drain_delay_secs: 0, {tls}"))
+    code, table = check()
+    assert code == EXIT_OK, table
+    assert re.search(
+        r"ok    receiver: TLS and passwords +certificate until 20\d\d-\d\d-\d\d, 1 passwords", table
+    )
+    pair.key.unlink()
+    (tmp_path / "users").write_text("")
+    code, table = check()
+    assert code == EXIT_FAILED
+    assert bad_lines(table) == ["receiver: TLS and passwords"]
+    assert "receiver.tls.key_file" in table
+    assert "receiver.auth.credentials_file" in table
 
 
 @pytest.mark.parametrize("off", ["cloudwatch_logs", "security_hub"])

@@ -193,4 +193,4 @@ async def test_an_outage_becomes_a_number(aws: FakeAws, forwarder: Start) -> Non
 def stopped(log_lines: io.StringIO) -> list[int]:
     """What each stop said is left."""
     entries = [json.loads(line) for line in log_lines.getvalue().splitlines()]
-    return [entry["waiting"] for entry in entries if entry["event"] == "stopped"]
+    return [entry["pending"] for entry in entries if entry["event"] == "stopped"]
