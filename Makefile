@@ -112,15 +112,16 @@ test-cluster: setup cluster-tools
 chart-install-test: setup cluster-tools $(TOOLS)/helm
 	$(BIN)/pytest tests/cluster/install_checks.py tests/cluster/rolling_checks.py --timeout 300 -v $(ARGS)
 
-# Helm, helm-unittest, kubeconform and kube-score, from their Go modules, and the schemas of Kubernetes' objects (4 minutes on 2 cores,
-# once).
+# Helm, helm-unittest, kubeconform, kube-score and kustomize, from their Go modules, and the schemas of Kubernetes' objects (4 minutes
+# on 2 cores, once).
 CHART_TOOLS := tests/chart/tools
 SCHEMAS := .tools/schemas/complete
 
 # Helm renders for the Kubernetes it was linked for; without that it says 1.20.
-HELM_KUBERNETES := $(foreach package,chartutil lint/rules,-X helm.sh/helm/v3/pkg/$(package).k8sVersionMajor=1 -X helm.sh/helm/v3/pkg/$(package).k8sVersionMinor=36)
+HELM_KUBERNETES := $(foreach package,chartutil lint/rules,\
+	-X helm.sh/helm/v3/pkg/$(package).k8sVersionMajor=1 -X helm.sh/helm/v3/pkg/$(package).k8sVersionMinor=36)
 
-tools: $(TOOLS)/helm $(TOOLS)/helm-unittest $(TOOLS)/kubeconform $(TOOLS)/kube-score $(SCHEMAS)
+tools: $(addprefix $(TOOLS)/,helm helm-unittest kubeconform kube-score kustomize) $(SCHEMAS)
 
 $(TOOLS)/helm: $(CHART_TOOLS)/helm/go.mod $(CHART_TOOLS)/helm/go.sum
 	$(call go_build,helm.sh/helm/v3/cmd/helm,$(HELM_KUBERNETES))
@@ -134,6 +135,9 @@ $(TOOLS)/helm-unittest: $(CHART_TOOLS)/unittest/go.mod $(CHART_TOOLS)/unittest/g
 $(TOOLS)/kube-score: $(CHART_TOOLS)/kube-score/go.mod $(CHART_TOOLS)/kube-score/go.sum
 	$(call go_build,github.com/zegl/kube-score/cmd/kube-score)
 
+$(TOOLS)/kustomize: $(CHART_TOOLS)/kustomize/go.mod $(CHART_TOOLS)/kustomize/go.sum
+	$(call go_build,sigs.k8s.io/kustomize/kustomize/v5)
+
 $(SCHEMAS): tests/chart/schemas.txt tests/chart/schemas.py | $(STAMP)
 	$(BIN)/python tests/chart/schemas.py
 
@@ -142,10 +146,10 @@ chart: setup
 	$(BIN)/python helm/schema.py
 
 # Plain manifests, rendered from the chart.
-k8s: setup tools
+k8s: setup $(TOOLS)/helm
 	$(BIN)/python helm/k8s.py
 
-k8s-check: setup tools
+k8s-check: setup $(TOOLS)/helm
 	$(BIN)/python helm/k8s.py --check
 
 # What the chart renders by default, as helm-unittest keeps it; look at the difference before it is committed.
@@ -154,10 +158,11 @@ chart-snapshots: setup tools
 	$(TOOLS)/helm-unittest --strict -u helm/falco-aws-forwarder
 
 # Everything about the chart that needs no cluster. A missing tool is an error.
-CHART_CHECKS := $(addprefix tests/chart/,$(addsuffix _checks.py,alert chart delivery falco refusal secure tls tool))
+CHART_CHECKS := $(addprefix tests/chart/,$(addsuffix _checks.py,alert chart delivery falco plain refusal secure spool tls tool))
 
 chart-test: setup tools k8s-check
-	@command -v curl > /dev/null || { echo 'make: Falco is played by curl, and there is none in PATH: install it (Debian: apt-get install curl)' >&2; exit 1; }
+	@command -v curl > /dev/null || \
+		{ echo 'make: Falco is played by curl, and there is none in PATH: install it (Debian: apt-get install curl)' >&2; exit 1; }
 	$(BIN)/python helm/schema.py --check
 	$(BIN)/pytest $(CHART_CHECKS) -q -n 2 --timeout 120 $(ARGS)
 
@@ -175,19 +180,25 @@ aws-test: setup
 		tests/aws_side/validation_checks.py -q -n 2 --timeout 180 $(ARGS)
 
 # Alerts and dashboards of the chart (docs/monitoring.md), on a real Prometheus that scrapes running replicas (half a minute).
-.PHONY: dashboards monitoring-lock monitoring-pictures monitoring-test monitoring-tools
+.PHONY: dashboards dashboards-check monitoring-lock monitoring-pictures monitoring-test monitoring-tools
 MONITORING_TOOLS := .tools/monitoring
 
 monitoring-tools:
 	@missing=$$(for program in prometheus promtool; do command -v $$program > /dev/null || echo $$program; done); \
-	test -z "$$missing" || { echo "make: alerts and dashboards are tried with programs that are not in PATH:" $$missing "(Debian: apt-get install --no-install-recommends prometheus)" >&2; exit 1; }
+	test -z "$$missing" || { echo "make: alerts and dashboards are tried with programs that are not in PATH:" $$missing \
+		"(Debian: apt-get install --no-install-recommends prometheus)" >&2; exit 1; }
 
 # The chart's files/dashboards/*.json.
 dashboards: setup
-	$(BIN)/python tests/monitoring/dashboards.py
+	$(BIN)/python helm/dashboards/write.py
 
-monitoring-test: setup monitoring-tools $(TOOLS)/helm test-promql
-	$(BIN)/pytest $(addprefix tests/monitoring/,alerts_checks.py dashboards_checks.py monitoring_checks.py) -q -n 2 --timeout 120 $(ARGS)
+dashboards-check: setup
+	$(BIN)/python helm/dashboards/write.py --check
+
+MONITORING_CHECKS := $(addprefix tests/monitoring/,$(addsuffix _checks.py,alerts dashboards monitoring rendering runbooks))
+
+monitoring-test: setup monitoring-tools $(TOOLS)/helm test-promql dashboards-check
+	$(BIN)/pytest $(MONITORING_CHECKS) -q -n 2 --timeout 120 $(ARGS)
 
 # docs/images: drawn from what the panels' queries say of a run of four minutes, by matplotlib from a lock of its own.
 monitoring-pictures: setup monitoring-tools $(TOOLS)/helm $(MONITORING_TOOLS)/.installed
@@ -201,7 +212,8 @@ $(MONITORING_TOOLS)/.installed: tests/monitoring/tools.txt
 	@touch $@
 
 monitoring-lock: setup
-	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header tests/monitoring/tools.in -o tests/monitoring/tools.txt
+	$(BIN)/uv pip compile -q --generate-hashes --universal --python-version 3.11 --no-header \
+		tests/monitoring/tools.in -o tests/monitoring/tools.txt
 
 # The image (docs/image.md). Wheels come from outside the build, every one by its hash; the project's own gets its own lock.
 .PHONY: wheels image image-lint image-lock image-test image-test-tools sbom
@@ -210,7 +222,7 @@ ENGINE ?= docker
 BASE_IMAGE ?= python:3.14-slim-trixie
 WHEELS := build/wheels
 WHEELS_PYTHON ?= 3.14# of BASE_IMAGE
-WHEELS_MACHINES ?= $(shell uname -m)# more than one for an image of several architectures: x86_64 aarch64
+WHEELS_MACHINES ?= $(patsubst arm64,aarch64,$(shell uname -m))# more than one for an image of several architectures: x86_64 aarch64
 WHEELS_LIBC := manylinux_2_28 manylinux_2_17 manylinux2014 manylinux_2_5 manylinux1
 IMAGE_TOOLS := .tools/image
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' forwarder/__init__.py)

@@ -1,6 +1,7 @@
 """Renders the chart into k8s/, for people without Helm; ``--check`` only says whether that is current.
 
-The values are k8s/values.yaml. What only Helm understands (its labels, hooks) is left out; nothing else is changed.
+The values are k8s/values.yaml. What only Helm understands (its labels, hooks) is left out; nothing else is changed. The namespace is
+Falco's own and not part of it: `kubectl delete -k` would take Falco with it.
 """
 
 # ruff: noqa: T201 - a program of the command line
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HELM = ROOT / ".tools/bin/helm"
 CHART = ROOT / "helm/falco-aws-forwarder"
 TARGET = ROOT / "k8s"
-NAMESPACE = "falco-aws-forwarder"
+NAMESPACE = "falco"
 NOTE = "# Rendered from the chart by `make k8s`; do not edit: change values.yaml, or patch with kustomize.\n"
 KUSTOMIZATION = "kustomization.yaml"
 HELMS_LABELS = ("helm.sh/chart", "app.kubernetes.io/managed-by")
@@ -58,12 +59,6 @@ def rendered() -> dict[str, str]:
         if name in files:
             raise SystemExit(f"helm/k8s.py: two objects for {name}")
         files[name] = NOTE + _yaml(item)
-    namespace = {
-        "apiVersion": "v1",
-        "kind": "Namespace",
-        "metadata": {"name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
-    }
-    files["namespace.yaml"] = NOTE + _yaml(namespace)
     listed = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from forwarder.config import documented
 from forwarder.settings import Settings
+from forwarder.sinks.cloudwatch_logs import RETENTION_DAYS
 
 CHART = Path(__file__).resolve().parent / "falco-aws-forwarder"
 SCHEMA = CHART / "values.schema.json"
@@ -61,6 +62,13 @@ INTERVAL = {"type": "string", "pattern": "^([0-9]+(ms|s|m|h))+$"}
 TIMEOUT = {"type": "string", "pattern": "^([0-9]+(ms|s|m|h))*$"}
 LABEL_VALUE = {"type": "string", "pattern": "^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$"}
 LABELS = {"type": "object", "additionalProperties": LABEL_VALUE}
+NAMESPACE = {"type": "string", "pattern": "^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?$"}
+RULE_LABELS: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {"alertname": False, "severity": False},  # what the alerts have themselves
+    "patternProperties": {"^([a-zA-Z]|_[a-zA-Z0-9])[a-zA-Z0-9_]*$": {"type": "string"}},
+}
 OBJECTS = {"type": "array", "items": {"type": "object"}}
 
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -72,7 +80,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "autoscaling.minReplicas": {"type": "integer", "minimum": 1, "maximum": 32},
     "autoscaling.maxReplicas": {"type": "integer", "minimum": 1, "maximum": 32},
     "autoscaling.scaleDownStabilizationSeconds": SECONDS,
-    "image.repository": {"type": "string", "pattern": "^[a-z0-9]([a-z0-9._:/-]*[a-z0-9])?$"},
+    "image.repository": {"type": "string", "pattern": "^([a-z0-9]([a-z0-9._:/-]*[a-z0-9])?)?$"},
     "image.tag": {"type": "string", "pattern": "^([A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?$"},
     "image.digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
     "image.pullPolicy": {"enum": ["Always", "IfNotPresent", "Never"]},
@@ -156,7 +164,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "podMonitor.interval": INTERVAL,
     "podMonitor.scrapeTimeout": TIMEOUT,
     "podMonitor.labels": LABELS,
+    "prometheusRule.namespace": NAMESPACE,
     "prometheusRule.labels": LABELS,
+    "prometheusRule.ruleLabels": RULE_LABELS,
     "prometheusRule.runbookUrl": {"type": "string", "pattern": "^(https?://.*)?$"},
     "prometheusRule.disabled": {"type": "array", "items": {"type": "string"}},
     "dashboards.labels": LABELS,
@@ -243,6 +253,8 @@ def _config() -> dict[str, Any]:
             leaf["description"] = f"{leaf['description'].rstrip('.')} ({units[key]})."
     for port in ("receiver", "admin"):  # a Service cannot follow a port nobody knows
         section["properties"][port]["properties"]["port"]["minimum"] = 1
+    logs = section["properties"]["sinks"]["properties"]["cloudwatch_logs"]["properties"]
+    logs["retention_days"]["enum"] = sorted(RETENTION_DAYS)
     return section
 
 

@@ -84,7 +84,12 @@ def test_fields_of_queries_in_the_docs_are_in_real_events(page: Path, scene: Sce
 
 
 def test_the_pages_do_hold_queries() -> None:
-    assert sum(len(queries_in(page)) for page in PAGES) >= 1
+    """As many as `multi-account.md` and `validate.md` have; none is overlooked, and one that is added is counted here."""
+    held = {page.name: len(queries_in(page)) for page in PAGES}
+    assert {name: count for name, count in held.items() if count} == {
+        "multi-account.md": 2,
+        "validate.md": 1,
+    }
 
 
 def test_a_field_that_is_not_there_would_be_seen(scene: Scene) -> None:

@@ -9,6 +9,7 @@ import base64
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.chart.rendering import (
     CHART,
     DAEMONSET,
     EVERYTHING,
+    IMAGE,
     LOGS,
     NAMESPACE,
     PERSISTENCE,
@@ -168,7 +170,7 @@ def test_derives_what_was_not_given(tmp_path: Path) -> None:
     plain = configuration(objects_of(None, sets=[LOGS]))
     assert plain["spool"] == {
         "directory": "/var/lib/falco-forwarder",
-        "bytes_max": 1536 << 20,
+        "bytes_max": (2 << 30) * 3 // 5,
         "sync": "normal",
     }
     assert plain["sensors"]["peers"] == [f"{RELEASE}-headless.{NAMESPACE}.svc:8080"]
@@ -176,7 +178,7 @@ def test_derives_what_was_not_given(tmp_path: Path) -> None:
     assert "sensors" not in configuration(objects_of(None, sets=[LOGS, "replicas=1"]))
     kept = configuration(objects_of(PERSISTENCE))
     assert kept["spool"]["sync"] == "full"
-    assert kept["spool"]["bytes_max"] == (10 << 30) * 3 // 4
+    assert kept["spool"]["bytes_max"] == (10 << 30) * 3 // 5
     assert kept["sinks"]["security_hub"]["rate_per_sec"] == pytest.approx(10 / 3)
     assert kept["sinks"]["security_hub"]["burst"] == 10
     nodes = configuration(objects_of(DAEMONSET))
@@ -213,7 +215,7 @@ config:
   rules: [{silence: {until: 2099-12-24, reason: test, by: ana}, drop: false}]
 """
     )
-    config = configuration(objects_of(tmp_path / "values.yaml"))
+    config = configuration(objects_of(tmp_path / "values.yaml", sets=[IMAGE]))
     assert config["sensors"] == {"peers": [], "finding": {"enabled": False}}
     assert config["spool"]["sync"] == "full"
     hub = config["sinks"]["security_hub"]
@@ -317,7 +319,9 @@ def test_chart_says_what_it_is() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     said = {key.removeprefix("artifacthub.io/"): value for key, value in chart["annotations"].items()}
     (image,) = yaml.safe_load(said["images"])
-    assert image["image"] == container(objects_of(None, sets=[LOGS]))["image"]
+    # The project publishes none: its name is the one a person gives it who builds it.
+    name, _, tag = container(objects_of(None, sets=[LOGS]))["image"].rpartition("/")[2].partition(":")
+    assert image == {"name": name, "image": f"{name}:{tag}"}
     assert {it["kind"] for it in yaml.safe_load(said["changes"])} <= {
         "added",
         "changed",
@@ -355,3 +359,40 @@ def _settings(objects: list[Object], folder: Path) -> Settings:
         it["name"]: it.get("value", "ip-10-0-1-17.ec2.internal") for it in container(objects)["env"]
     }
     return load_settings(file, environment)
+
+
+@pytest.mark.parametrize("word", ["123", "1e5", "true", "null"])
+def test_names_are_texts_whatever_they_look_like(word: str) -> None:
+    """A release called 123 must not make a number of a label."""
+    overrides = f"nameOverride={word},fullnameOverride={word},namespaceOverride={word}"
+    secrets = f"tls.existingSecret={word},auth.existingSecret={word},priorityClassName={word}"
+    values: list[str | Path] = [
+        "--values",
+        EVERYTHING,
+        "--set",
+        "tls.enabled=true,tls.certManager.enabled=false,tls.testClientSecret=",
+    ]
+    rendered = tool("helm", "template", word, CHART, *values, "--set-string", f"{overrides},{secrets}")
+    assert rendered.returncode == 0, rendered.stderr
+    texts = 0
+    for item in yaml.safe_load_all(rendered.stdout):
+        for path, value in _leaves_of(item):
+            if (
+                path[-1] in {"name", "namespace", "secretName", "priorityClassName"}
+                or "labels" in path
+                or "matchLabels" in path
+            ):
+                assert isinstance(value, str), (path, value)
+                texts += value == word
+    assert texts > 20
+
+
+def _leaves_of(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, dict):
+        for key, member in value.items():
+            yield from _leaves_of(member, (*path, str(key)))
+    elif isinstance(value, list):
+        for member in value:
+            yield from _leaves_of(member, path)
+    elif path:
+        yield path, value

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.chart import falco
-from tests.chart.rendering import CHART, LOGS, NAMESPACE, RELEASE, ROOT, Object, objects_of, one, tool
+from tests.chart.rendering import CHART, IMAGE, LOGS, NAMESPACE, RELEASE, ROOT, Object, objects_of, one, tool
 
 SCHEMA = yaml.safe_load((Path(__file__).parent / "falco_schema.yaml").read_text())
 OF_THE_CHART = {
@@ -139,7 +139,6 @@ def test_notes_say_the_values_of_falco(sets: str, variant: str, tmp_path: Path) 
     assert ("With one replica" in said_all) == ("replicas=1" in sets)
     said: Object = yaml.safe_load(block[1])
     ours = falco.values(variant)
-    ours["falco"].pop("append_output")
     assert said == {key: ours[key] for key in ("falco", "metrics")}
     assert ("falco-aws-forwarder-tls" in said_all) == ("tls" in sets)
     assert ("FALCO_FORWARDER_PASSWORD from a Secret" in said_all) == (BASIC in sets)
@@ -163,7 +162,7 @@ def _notes(sets: str, folder: Path) -> str:
         "--show-only",
         "templates/notes.yaml",
         "--set",
-        f"{LOGS},{sets}".strip(","),
+        f"{IMAGE},{LOGS},{sets}".strip(","),
     ]
     done = tool("helm", "template", RELEASE, folder / CHART.name, *arguments)
     assert done.returncode == 0, done.stderr

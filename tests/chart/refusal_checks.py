@@ -13,6 +13,7 @@ BAD = [
     ("replicas=two", "at '/replicas': got string, want integer"),
     ("replicas=33", "at '/replicas': maximum: got 33, want 32"),
     ("resources.cpu=1", "at '/resources': additional properties 'cpu' not allowed"),
+    ("image.repository=Example/X", "at '/image/repository': 'Example/X' does not match pattern"),
     ("image.digest=sha256:12", "at '/image/digest': 'sha256:12' does not match pattern"),
     ("image.pullPolicy=always", "at '/image/pullPolicy': value must be one of"),
     ("persistence.size=8G", "at '/persistence/size': '8G' does not match pattern"),
@@ -42,6 +43,10 @@ BAD = [
     ("daemonset.maxUnavailable=200%", "at '/daemonset/maxUnavailable': '200%' does not match pattern"),
     ("config.cluster.nmae=x", "at '/config/cluster': additional properties 'nmae' not allowed"),
     ("config.cluster.name=a b", "at '/config/cluster/name': 'a b' does not match pattern"),
+    (
+        "config.sinks.cloudwatch_logs.retention_days=91",
+        "at '/config/sinks/cloudwatch_logs/retention_days': value must be one of 0, 1, 3, 5",
+    ),
     ("config.cluster.account_id=12", "at '/config/cluster/account_id': got number, want string"),
     ("config.spool.sync=sometimes", "at '/config/spool/sync': value must be one of 'full', 'normal'"),
     ("config.spool.bytes_max=1Gi", "at '/config/spool/bytes_max': got string, want integer"),
@@ -83,6 +88,9 @@ def test_schema_refuses(pair: str, message: str) -> None:
 AUTOSCALED = "autoscaling.enabled=true,autoscaling.metrics[0].type=Resource"
 ISSUED = "tls.enabled=true,tls.certManager.enabled=true,tls.certManager.issuerRef.name=x"
 SENSELESS = [
+    ([LOGS, "image.repository="], "image.repository: is required; the project publishes no image"),
+    ([LOGS, "spool.size=511Mi"], "spool.size: 511Mi is less than 512Mi"),
+    ([LOGS, "mode=daemonset,spool.size=100Mi"], "spool.size: 100Mi is less than 512Mi"),
     ([], "config.sinks: no sink is enabled"),
     (["config.sinks.cloudwatch_logs.enabled=true"], "config.sinks.cloudwatch_logs.log_group: is required"),
     (
@@ -98,9 +106,26 @@ SENSELESS = [
     ([LOGS, "daemonset.hostPath.enabled=true"], "daemonset.hostPath.enabled: needs mode daemonset"),
     (
         [LOGS, "config.spool.bytes_max=2147483648"],
-        "config.spool.bytes_max: 2147483648 is more than three quarters of the volume of 2Gi (1610612736)",
+        "config.spool.bytes_max: 2147483648 is more than three fifths of the volume of 2Gi (1288490188)",
     ),
-    ([LOGS, "terminationGracePeriodSeconds=5"], "terminationGracePeriodSeconds: leaves no time"),
+    (
+        [LOGS, "terminationGracePeriodSeconds=16"],
+        "terminationGracePeriodSeconds: is less than 17, which preStopSleepSeconds and config.receiver.drain_delay_secs need",
+    ),
+    ([LOGS, "fullnameOverride=a.b"], 'fullnameOverride: "a.b" is no name of small letters'),
+    ([LOGS, "namespaceOverride=A_b"], 'namespaceOverride: "A_b" is no name of small letters'),
+    ([LOGS, "image.repository=r:5000/x:1"], "image.repository: r:5000/x:1 has a tag; that is image.tag"),
+    (
+        [LOGS, "mode=daemonset,daemonset.maxUnavailable=0"],
+        "daemonset.maxUnavailable: 0 lets no pod be replaced",
+    ),
+    ([LOGS, "config.receiver.host=127.0.0.1"], "config.receiver.host: 127.0.0.1 is reached by nobody"),
+    ([LOGS, "config.admin.host=localhost"], "config.admin.host: localhost is reached by nobody"),
+    (
+        [LOGS, "extraEnv[0].name=FORWARDER__RECEIVER__PORT,extraEnv[0].value=1"],
+        "extraEnv: FORWARDER__RECEIVER__PORT would not be known to the Service",
+    ),
+    ([LOGS, "config.spool.directory=/tmp/"], "config.spool.directory: /tmp/ is something else's place"),
     (
         [LOGS, "podMonitor.enabled=true,serviceMonitor.enabled=true"],
         "podMonitor.enabled: together with serviceMonitor everything is scraped twice",
@@ -151,3 +176,10 @@ def test_all_faults_at_once() -> None:
         ],
     )
     assert "3 fault(s) in the values" in done.stderr
+
+
+def test_a_spool_that_is_no_empty_dir_may_be_smaller() -> None:
+    """There the forwarder sees how much room there is, and takes no more."""
+    for kept in ("persistence.enabled=true", "mode=daemonset,daemonset.hostPath.enabled=true"):
+        done = helm("template", sets=[LOGS, "spool.size=100Mi", kept])
+        assert done.returncode == 0, done.stderr

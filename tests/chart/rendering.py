@@ -18,6 +18,8 @@ EVERYTHING = CHART / "ci/everything-on-values.yaml"
 PERSISTENCE = CHART / "ci/persistence-values.yaml"
 DAEMONSET = CHART / "ci/daemonset-values.yaml"
 LOGS = "config.sinks.cloudwatch_logs.enabled=true,config.sinks.cloudwatch_logs.log_group=/falco/x"
+IMAGE = "image.repository=example/falco-aws-forwarder"
+"""What no default can be given for; the values files of ci/ have it."""
 HUB = "config.sinks.security_hub.enabled=true,config.cluster.name=x"
 
 Object = dict[str, Any]
@@ -45,7 +47,7 @@ def helm(
     ]
     if values is not None:
         arguments += ["--values", values]
-    for pair in sets:
+    for pair in (IMAGE, *sets) if values is None and command != "lint" else sets:
         arguments += ["--set", pair]
     return tool("helm", *arguments, *more)
 

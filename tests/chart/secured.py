@@ -32,7 +32,7 @@ PASSWORD = "p@ss:w/rd"
 QUOTED = "p%40ss%3Aw%2Frd"
 """As it must stand in Falco's URL."""
 CASE = CHART / "ci/mtls-certmanager-values.yaml"
-SINGLE = f"{LOGS},replicas=1,aws.region=eu-west-1,config.receiver.host=127.0.0.1,config.admin.host=127.0.0.1"
+SINGLE = f"{LOGS},replicas=1,aws.region=eu-west-1"
 ALONE = ",".join(f"config.enrichment.{name}.enabled=false" for name in ("kubernetes", "ec2", "ecs"))
 
 
@@ -68,7 +68,7 @@ class Forwarder(NamedTuple):
         """The test's pod, on this machine."""
         container = one(objects, "Pod")["spec"]["containers"][0]
         program = container["args"][0]
-        arguments = ["127.0.0.1", str(self.port), str(self.admin), str(secs)]
+        arguments = ["127.0.0.1", str(self.port), str(self.admin), str(secs), container["args"][-1]]
         told = {it["name"]: _here(it["value"], self.folder) for it in container.get("env", [])}
         return await run(sys.executable, "-u", "-c", program, *arguments, environment=told)
 
@@ -115,6 +115,7 @@ async def forwarder(folder: Path, aws: FakeAws, objects: list[Object]) -> AsyncI
     file = folder / "forwarder.yaml"
     file.write_text(text)
     listening = {"FORWARDER__RECEIVER__PORT": str(ports.receiver), "FORWARDER__ADMIN__PORT": str(ports.admin)}
+    listening |= {f"FORWARDER__{part}__HOST": "127.0.0.1" for part in ("RECEIVER", "ADMIN")}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "forwarder", "run", "--config", str(file)),
         env={**os.environ, **aws.environment(), **listening},

@@ -69,7 +69,7 @@ def test_kube_score_is_awake() -> None:
             "readOnlyRootFilesystem: false",
             "container-security-context-readonlyrootfilesystem",
         ),
-        ("image: falco-aws-forwarder:0.1.0", "image: falco-aws-forwarder:latest", "container-image-tag"),
+        ("falco-aws-forwarder:0.1.0", "falco-aws-forwarder:latest", "container-image-tag"),
         ("seccompProfile:", "otherProfile:", "container-seccomp-profile"),
     ):
         assert right in text

@@ -78,9 +78,11 @@ class ControlPlane(Cluster):
     def place(self, level: str = "restricted") -> Iterator[str]:
         """A namespace in which Pod Security admission enforces ``level``; it goes, with all it has, after the test."""
         name = f"{level}-{next(self._numbers)}"
-        self.make_place(name, level)
-        yield name
-        self.drop_place(name)
+        try:
+            self.make_place(name, level)
+            yield name
+        finally:
+            self.drop_place(name)
 
     def make_place(self, name: str, level: str) -> None:
         metadata = {"name": name, "labels": {POD_SECURITY: level, f"{POD_SECURITY}-version": "latest"}}
@@ -111,20 +113,17 @@ class ControlPlane(Cluster):
         """Nodes, each in a zone of its own, that go in the end. kwok keeps them, unless other annotations are given."""
         kept = {KWOK_ANNOTATION: "fake"} if annotations is None else annotations
         names = [f"node-{next(self._numbers)}" for _ in range(count)]
-        for index, name in enumerate(names):
-            labels = {
-                "kubernetes.io/hostname": name,
-                "kubernetes.io/os": "linux",
-                "topology.kubernetes.io/zone": f"zone-{'abc'[index % 3]}",
-            }
-            body: Object = {"metadata": {"name": name, "labels": labels, "annotations": kept}}
-            self.admin.create("nodes", body | ({"status": status} if status else {}))
-        self.until(
-            lambda: all(self._usable(name) for name in names), "the nodes are ready and free of taints"
-        )
-        yield names
-        for name in names:
-            self.admin.call("DELETE", path_of("nodes", "", name))
+        with contextlib.ExitStack() as made:
+            made.callback(self._without, names)
+            for index, name in enumerate(names):
+                self.admin.create("nodes", _node(name, index, kept, status))
+                made.callback(self.admin.call, "DELETE", path_of("nodes", "", name))
+            self.until(
+                lambda: all(self._usable(name) for name in names), "the nodes are ready and free of taints"
+            )
+            yield names
+
+    def _without(self, names: list[str]) -> None:
         self.until(lambda: not any(self.exists("nodes", it) for it in names), "the nodes are gone")
 
     def _usable(self, name: str) -> bool:
@@ -185,3 +184,14 @@ class ControlPlane(Cluster):
         changed = ("--disable-admission-plugins", "--service-cluster-ip-range")
         command = [it for it in super()._apiserver_command() if not it.startswith(changed)]
         return [*command, "--service-cluster-ip-range=10.0.0.0/24,fd00:1::/112"]
+
+
+def _node(name: str, index: int, annotations: dict[str, str], status: Object) -> Object:
+    """In the zone of its index."""
+    labels = {
+        "kubernetes.io/hostname": name,
+        "kubernetes.io/os": "linux",
+        "topology.kubernetes.io/zone": f"zone-{'abc'[index % 3]}",
+    }
+    body: Object = {"metadata": {"name": name, "labels": labels, "annotations": annotations}}
+    return body | ({"status": status} if status else {})

@@ -8,6 +8,7 @@ Not named test_*, because `make test` has no control plane.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -261,21 +262,70 @@ def test_hooks_are_admitted(plane: ControlPlane, restricted: str, helm: Helm) ->
     assert answer.status == 201, answer
 
 
+def test_the_pod_of_the_test_stays_for_its_log(plane: ControlPlane, restricted: str, helm: Helm) -> None:
+    """`helm test` is over when kwok's pod has succeeded. Helm reads the log after that: the pod must be there still, and may again."""
+    helm.install(QUICK | {"config": LOGS})
+    name = f"{NAME}-test"
+    seen = set()
+    for _ in range(2):
+        assert "Phase:          Succeeded" in helm.run("test", RELEASE, "--timeout", "60s")
+        pod = plane.admin.get("pods", name, restricted)
+        assert pod["status"]["phase"] == "Succeeded"
+        seen.add(pod["metadata"]["uid"])
+    assert len(seen) == 2, "the second test is the first one's pod"
+
+
+@pytest.mark.parametrize(("case", "count"), [("autoscaling", 2), ("daemonset-emptydir", NODES), ("tls", 2)])
+def test_values_of_ci(plane: ControlPlane, restricted: str, helm: Helm, case: str, count: int) -> None:
+    """As many pods as there should be, all ready: those of the autoscaler without a metric, and those with Secrets."""
+    before = contents(plane)
+    secrets = {"forwarder-tls": ("tls.crt", "tls.key"), "forwarder-senders": ("htpasswd.txt",)}
+    for name, keys in secrets.items():
+        body = {"metadata": {"name": name}, "stringData": dict.fromkeys(keys, "x")}
+        plane.admin.create("secrets", body, restricted)
+    helm.install(CHART / f"ci/{case}-values.yaml", "--set", "minReadySeconds=1")
+    running(plane, restricted, count)
+    if case == "autoscaling":
+        scaler = plane.admin.call(
+            "GET", f"/apis/autoscaling/v2/namespaces/{restricted}/horizontalpodautoscalers/{NAME}"
+        )
+        assert (scaler["spec"]["minReplicas"], scaler["spec"]["maxReplicas"]) == (2, 5)
+    helm.uninstall()
+    left = {f"secrets {restricted}/{name}" for name in secrets}
+    plane.until(lambda: contents(plane) - before <= left, lambda: f"all is gone: {contents(plane) - before}")
+
+
+def test_what_fails_leaves_nothing_behind(plane: ControlPlane, nodes: list[str]) -> None:
+    """A test that fails must not make the next ones fail: what it was lent goes back."""
+    before = contents(plane)
+    with contextlib.suppress(InterruptedError), contextlib.ExitStack() as lent:
+        for lender in (
+            foreign_kinds(plane),
+            volumes(plane, "lent", 2, "1Gi"),
+            cordoned(plane, nodes),
+            plane.place(),
+        ):
+            lent.enter_context(lender)
+        more = lent.enter_context(plane.nodes(1))
+        assert contents(plane) - before
+        raise InterruptedError
+    assert not any("unschedulable" in plane.admin.get("nodes", it)["spec"] for it in nodes)
+    assert not plane.exists("nodes", more[0])
+    plane.until(lambda: contents(plane) <= before, lambda: f"all is gone: {contents(plane) - before}")
+
+
 def test_plain_manifests(plane: ControlPlane) -> None:
-    """k8s/ as it is: the namespace it makes enforces `restricted`, and both replicas become ready."""
+    """k8s/ as it is, in a namespace that enforces `restricted`: both replicas become ready."""
     folder = REPOSITORY / "k8s"
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
     place = kustomization["namespace"]
-    files = sorted(kustomization["resources"], key=lambda it: it != "namespace.yaml")
-    objects = [yaml.safe_load((folder / it).read_text()) for it in files]
-    for item in objects:
-        plane.admin.create(f"{item['kind'].lower()}s", item, item["metadata"].get("namespace", ""))
-    try:
-        labels = plane.admin.get("namespaces", place)["metadata"]["labels"]
-        assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
-        plane.until(lambda: sum(map(ready, plane.pods(place))) == 2, "both are ready")
-    finally:
-        plane.drop_place(place)
+    objects = [yaml.safe_load((folder / it).read_text()) for it in kustomization["resources"]]
+    with contextlib.ExitStack() as made:
+        plane.make_place(place, "restricted")
+        made.callback(plane.drop_place, place)
         for item in objects:
-            if item["kind"].startswith("ClusterRole"):
-                plane.admin.delete(f"{item['kind'].lower()}s", item["metadata"]["name"])
+            kind, name = f"{item['kind'].lower()}s", item["metadata"]["name"]
+            plane.admin.create(kind, item, item["metadata"].get("namespace", ""))
+            if kind.startswith("clusterrole"):
+                made.callback(plane.admin.delete, kind, name)
+        plane.until(lambda: sum(map(ready, plane.pods(place))) == 2, "both are ready")

@@ -67,11 +67,13 @@ def evict(plane: ControlPlane, namespace: str, pod: str) -> int:
 @contextlib.contextmanager
 def cordoned(plane: ControlPlane, nodes: list[str]) -> Iterator[None]:
     """No new pod goes to these nodes."""
-    for name in nodes:
-        plane.admin.patch("nodes", name, {"spec": {"unschedulable": True}})
-    yield
-    for name in nodes:
-        plane.admin.patch("nodes", name, {"spec": {"unschedulable": None}})
+    try:
+        for name in nodes:
+            plane.admin.patch("nodes", name, {"spec": {"unschedulable": True}})
+        yield
+    finally:
+        for name in nodes:
+            plane.admin.patch("nodes", name, {"spec": {"unschedulable": None}})
 
 
 def claims(plane: ControlPlane, namespace: str) -> dict[str, tuple[str, str]]:
@@ -83,24 +85,22 @@ def claims(plane: ControlPlane, namespace: str) -> dict[str, tuple[str, str]]:
 @contextlib.contextmanager
 def volumes(plane: ControlPlane, storage_class: str, count: int, size: str) -> Iterator[None]:
     """Volumes of a class for claims to be bound to; there is nobody who would make them when asked."""
-    if storage_class:
-        wait = {"provisioner": "kubernetes.io/no-provisioner", "volumeBindingMode": "WaitForFirstConsumer"}
-        plane.admin.create("storageclasses", {"metadata": {"name": storage_class}} | wait)
-    names = [f"volume-{storage_class or 'plain'}-{number}" for number in range(count)]
-    for name in names:
-        spec = {
-            "capacity": {"storage": size},
-            "accessModes": ["ReadWriteOnce"],
-            "persistentVolumeReclaimPolicy": "Retain",
-            "storageClassName": storage_class,
-            "hostPath": {"path": "/nowhere"},
-        }
-        plane.admin.create("persistentvolumes", {"metadata": {"name": name}, "spec": spec})
-    yield
-    for name in names:
-        plane.admin.delete("persistentvolumes", name)
-    if storage_class:
-        plane.admin.delete("storageclasses", storage_class)
+    wait = {"provisioner": "kubernetes.io/no-provisioner", "volumeBindingMode": "WaitForFirstConsumer"}
+    spec = {
+        "capacity": {"storage": size},
+        "accessModes": ["ReadWriteOnce"],
+        "persistentVolumeReclaimPolicy": "Retain",
+        "storageClassName": storage_class,
+        "hostPath": {"path": "/nowhere"},
+    }
+    with contextlib.ExitStack() as made:
+        if storage_class:
+            plane.admin.create("storageclasses", {"metadata": {"name": storage_class}} | wait)
+            made.callback(plane.admin.delete, "storageclasses", storage_class)
+        for name in (f"volume-{storage_class or 'plain'}-{number}" for number in range(count)):
+            plane.admin.create("persistentvolumes", {"metadata": {"name": name}, "spec": spec})
+            made.callback(plane.admin.delete, "persistentvolumes", name)
+        yield
 
 
 @contextlib.contextmanager
@@ -114,21 +114,22 @@ def foreign_kinds(plane: ControlPlane) -> Iterator[None]:
             source = fetch(*module.split())
             crds += [yaml.safe_load((source / folder / f"{it}.yaml").read_text()) for it in files]
     assert len(crds) == sum(len(files) for _, files in CRDS.values())
-    names = [str(it["metadata"]["name"]) for it in crds]
     paths = [
         f"/apis/{it['spec']['group']}/{version['name']}/{it['spec']['names']['plural']}"
         for it in crds
         for version in it["spec"]["versions"]
         if version["served"]
     ]
-    for crd in crds:
-        plane.admin.create("customresourcedefinitions", crd)
 
     def answers() -> set[int]:
         return {plane.admin.request("GET", path).status for path in paths}
 
-    plane.until(lambda: answers() == {200}, "the CRDs are served")
-    yield
-    for name in names:
-        plane.admin.call("DELETE", path_of("customresourcedefinitions", "", name))
-    plane.until(lambda: answers() == {404}, "the CRDs are gone")
+    with contextlib.ExitStack() as made:
+        made.callback(lambda: plane.until(lambda: answers() == {404}, "the CRDs are gone"))
+        for crd in crds:
+            plane.admin.create("customresourcedefinitions", crd)
+            made.callback(
+                plane.admin.call, "DELETE", path_of("customresourcedefinitions", "", crd["metadata"]["name"])
+            )
+        plane.until(lambda: answers() == {200}, "the CRDs are served")
+        yield

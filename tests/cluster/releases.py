@@ -19,6 +19,8 @@ RELEASE = "forwarder"
 PREVIOUS, PREVIOUS_PRE_STOP_SECS = "0.0.9", 3
 HELM_SECS_MAX = 120
 LOGS: Object = {"sinks": {"cloudwatch_logs": {"enabled": True, "log_group": "/falco/test"}}}
+IMAGE: Object = {"image": {"repository": "example/falco-aws-forwarder"}}
+"""Of values that are not in a file of their own: the chart has no default for it."""
 UNCOUNTED = frozenset({"events", "leases", "controllerrevisions", "endpoints", "componentstatuses", "nodes"})
 """What the cluster makes and forgets by its own clock."""
 
@@ -69,7 +71,7 @@ class Helm:
     ) -> str:
         if not isinstance(values, Path):
             file = self._directory / "values.yaml"
-            file.write_text(yaml.safe_dump(dict(values)))
+            file.write_text(yaml.safe_dump(IMAGE | dict(values)))
             values = file
         wait = () if "--wait=false" in more else ("--wait", "--timeout", "60s")
         return self.run(command, self.name, chart, "--values", values, *more, *wait, fails=fails)

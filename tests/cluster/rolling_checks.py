@@ -20,11 +20,12 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from types import SimpleNamespace, TracebackType
+from typing import Any, NamedTuple, Self, cast
 
 import pytest
 
+from tests.cluster.api import Answer, RefusedError
 from tests.cluster.control_plane import ControlPlane, Object
 from tests.cluster.harness import free_ports
 from tests.cluster.kubelet import Ended, Kubelet, Life, alive_node
@@ -142,6 +143,31 @@ def test_would_see_a_loss(plane: ControlPlane, aws: Aws, tmp_path: Path, rng: ra
     assert outcome.verdict.lost, outcome.verdict
 
 
+def test_says_what_went_wrong_with_the_proxy(rng: random.Random) -> None:
+    """A proxy that cannot follow the slices any more fails the test, with its reason."""
+    reads = iter([[("127.0.0.1", 1)]])
+
+    class Broken(ServiceProxy):
+        def _read(self) -> list[tuple[str, int]]:
+            try:
+                return next(reads)
+            except StopIteration:
+                raise RefusedError("GET /slices", Answer(500, {}, b"broken")) from None
+
+    admin = SimpleNamespace(get=lambda *_: {})
+    stub = cast("ControlPlane", SimpleNamespace(admin=admin))
+    with Broken(stub, "x", "y", rng) as proxy:
+
+        def told() -> bool:
+            proxy.check()
+            return False
+
+        with pytest.raises(RefusedError, match="broken"):
+            wait_until(told, 10.0, lambda: "the fault is told")
+    with pytest.raises(RefusedError, match="broken"), Broken(stub, "x", "y", rng):
+        pytest.fail("it has no endpoints")
+
+
 def restart(
     plane: ControlPlane,
     aws: Aws,
@@ -162,14 +188,14 @@ def restart(
         Helm(plane, namespace, directory).install(values(changes))
         kubelet.check()
         with ServiceProxy(plane, namespace, NAME, rng) as proxy, Falcos(ledger, proxy.port) as falcos:
-            flow(ledger, kubelet)
+            flow(ledger, kubelet, proxy)
             first = list(kubelet.lives.values())
             if aws_away:
                 aws.kill()
             patch = {"template": {"metadata": {"annotations": {RESTARTED: datetime.now(UTC).isoformat()}}}}
             plane.admin.patch("statefulsets", NAME, {"spec": patch}, namespace)
             took = rolled_out(plane, namespace, kubelet)
-            flow(ledger, kubelet)
+            flow(ledger, kubelet, proxy)
         if aws_away:
             aws.start()
         replaced = [it.ended for it in first if it.ended is not None]
@@ -215,12 +241,13 @@ def values(changes: Mapping[str, Any]) -> Object:
     return {**changes, "config": config}
 
 
-def flow(ledger: Ledger, kubelet: Kubelet) -> None:
+def flow(ledger: Ledger, kubelet: Kubelet, proxy: ServiceProxy) -> None:
     """Let alerts come for a while."""
     wanted = len(ledger.attempts) + int(FLOW_SECS * RATE)
 
     def reached() -> bool:
         kubelet.check()
+        proxy.check()
         return len(ledger.attempts) >= wanted
 
     wait_until(reached, 10 * FLOW_SECS, lambda: f"{wanted} alerts: {ledger.statuses}")

@@ -39,6 +39,7 @@ class ServiceProxy:
         self._port: Future[int] = Future()
         self._carried: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self._threads = [threading.Thread(target=it, daemon=True) for it in (self._follow, self._serve)]
+        self._fault: Exception | None = None
         self.chosen: Counter[str] = Counter()
         """Connections by endpoint."""
 
@@ -49,21 +50,40 @@ class ServiceProxy:
     def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
-        wait_until(lambda: bool(self._backends), 10.0, lambda: "the Service has endpoints")
+        try:
+            wait_until(self._has_backends, 10.0, lambda: "the Service has endpoints")
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def check(self) -> None:
+        """Fail with what went wrong."""
+        if self._fault is not None:
+            raise self._fault
+
+    def _has_backends(self) -> bool:
+        self.check()
+        return bool(self._backends)
+
+    def _end(self) -> None:
         self._stop.set()
         for thread in self._threads:
             thread.join(10.0)
 
     def _follow(self) -> None:
-        while True:
-            self._backends = self._read()
-            if self._stop.wait(SYNC_SECS):
-                return
+        try:
+            while True:
+                self._backends = self._read()
+                if self._stop.wait(SYNC_SECS):
+                    return
+        except Exception as error:  # noqa: BLE001 - told by ``check``, in the test's own thread
+            self._fault = error
 
     def _read(self) -> list[tuple[str, int]]:
         selector = f"kubernetes.io/service-name={self._name}"
@@ -98,7 +118,10 @@ class ServiceProxy:
         return backend
 
     def _serve(self) -> None:
-        asyncio.run(self._listen())
+        try:
+            asyncio.run(self._listen())
+        except Exception as error:  # noqa: BLE001 - as above
+            self._fault = error
 
     async def _listen(self) -> None:
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0)

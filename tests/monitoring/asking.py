@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
@@ -70,7 +69,7 @@ def filled(expr: str, values: Mapping[str, str], *, rate_secs: int, range_secs: 
 
 
 def insights(query: str, events: list[Object]) -> list[dict[str, Any]]:
-    """The rows of a query: filter, fields, stats count(*) by, sort, limit, and nothing else of the language."""
+    """The rows of a query: filter, fields, stats count_distinct() by, sort, limit, and nothing else of the language."""
     rows = [flat(event) for event in events]
     for command in re.split(r"\n?\| ", query):
         rows = _step(command, rows)
@@ -95,11 +94,14 @@ def _step(command: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [row for row in rows if row.get(found[1]) in json.loads(found[2])]
     if found := re.fullmatch(r"fields (.*)", command):
         return [{name: row.get(name) for name in found[1].split(", ")} for row in rows]
-    if found := re.fullmatch(r"stats count\(\*\) as (\w+) by (.*)", command):
-        names = found[2].split(", ")
-        counted = Counter(tuple(_field(name, row) for name in names) for row in rows)
+    if found := re.fullmatch(r"stats count_distinct\((\w+)\) as (\w+) by (.*)", command):
+        names = found[3].split(", ")
+        groups: dict[tuple[Any, ...], set[Any]] = {}
+        for row in rows:
+            groups.setdefault(tuple(_field(name, row) for name in names), set()).add(row.get(found[1]))
         return [
-            dict(zip(names, values, strict=True)) | {found[1]: count} for values, count in counted.items()
+            dict(zip(names, values, strict=True)) | {found[2]: len(seen - {None})}
+            for values, seen in groups.items()
         ]
     if found := re.fullmatch(r"sort (\S+) desc", command):
         return sorted(rows, key=itemgetter(found[1]), reverse=True)

@@ -219,7 +219,12 @@ async def _an_outage_is_told(scene: Scene, prometheus: Prometheus) -> None:
 
 
 async def _absence_is_told(scene: Scene, prometheus: Prometheus) -> None:
-    for running in scene.replicas:
-        await running.stop()
+    """First one replica is missing, then all are."""
+    first, second = scene.replicas
+    await first.stop()
+    await _told(prometheus, "FalcoForwarderReplicaMissing", state="pending")
+    await _told(prometheus, "FalcoForwarderReplicaMissing", short=True)
+    assert not [name for name, _ in await prometheus.active() if name == "FalcoForwarderAbsent"]
+    await second.stop()
     await _told(prometheus, "FalcoForwarderAbsent", state="pending")
     await _told(prometheus, "FalcoForwarderAbsent", short=True)

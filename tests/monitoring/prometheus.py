@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Self
 import aiohttp
 import yaml
 
-from tests.chart.rendering import objects_of, one
+from tests.chart.rendering import CHART, objects_of, one
 from tests.monitoring.scene import free_port
 
 Object = dict[str, Any]
@@ -22,7 +23,9 @@ Object = dict[str, Any]
 INSTALL = "install Prometheus (Debian: apt-get install --no-install-recommends prometheus)"
 START_SECS_MAX, STOP_SECS_MAX = 30.0, 15.0
 POLL_SECS = 0.1
+RULES_FILE = CHART / "files/alerts.yaml"
 SETS = [
+    "image.repository=example/falco-aws-forwarder",
     "config.sinks.cloudwatch_logs.enabled=true,config.sinks.cloudwatch_logs.log_group=/falco/shop-prod",
     "prometheusRule.enabled=true",
 ]
@@ -37,6 +40,15 @@ def program(name: str) -> str:
     return found
 
 
+def promtool(*arguments: str | Path) -> str:
+    """What it says; anything it finds fault with is a failure."""
+    done = subprocess.run(
+        [program("promtool"), *arguments], capture_output=True, text=True, check=False, timeout=30
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def chart_groups() -> list[Object]:
     """The groups of rules as the chart renders them."""
     groups: list[Object] = one(objects_of(None, sets=SETS), "PrometheusRule")["spec"]["groups"]
@@ -46,6 +58,12 @@ def chart_groups() -> list[Object]:
 def alerts_of(groups: list[Object]) -> dict[str, Object]:
     """The alerts by name."""
     return {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
+
+
+def placeholders_in(text: str) -> set[str]:
+    """Words in capitals: what the template fills in. Comments do not count."""
+    code = re.sub(r"^ *#.*$", "", text, flags=re.MULTILINE)
+    return set(re.findall(r"SELECTOR|SILENT_AFTER_SECS|[A-Z]+(?:_[A-Z]+)+", code))
 
 
 def shortened(groups: list[Object]) -> list[Object]:

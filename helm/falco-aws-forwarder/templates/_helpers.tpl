@@ -29,23 +29,35 @@
 {{- end }}
 
 {{- define "faf.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "faf.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "faf.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: forwarder
 {{- end }}
 
-{{- /* Labels of an object. The argument is the root, or a list of the root and the component. */}}
-{{- define "faf.labels" -}}
+{{- /* The chart's own labels of an object. The argument is the root, or a list of the root and the component. */}}
+{{- define "faf.ownLabels" -}}
 {{- $root := . }}{{ $component := "forwarder" }}
 {{- if kindIs "slice" . }}{{ $root = index . 0 }}{{ $component = index . 1 }}{{ end }}
-{{- $own := dict
+{{- toYaml (dict
   "helm.sh/chart" (printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_")
   "app.kubernetes.io/name" (include "faf.name" $root)
   "app.kubernetes.io/instance" $root.Release.Name
   "app.kubernetes.io/component" $component
   "app.kubernetes.io/version" ($root.Chart.AppVersion | toString)
-  "app.kubernetes.io/managed-by" $root.Release.Service }}
-{{- toYaml (merge $own $root.Values.commonLabels) }}
+  "app.kubernetes.io/managed-by" $root.Release.Service) }}
+{{- end }}
+
+{{- /* Labels of an object: the chart's own, then commonLabels. The argument is as above. */}}
+{{- define "faf.labels" -}}
+{{- $root := . }}
+{{- if kindIs "slice" . }}{{ $root = index . 0 }}{{ end }}
+{{- toYaml (mergeOverwrite dict $root.Values.commonLabels (include "faf.ownLabels" . | fromYaml)) }}
+{{- end }}
+
+{{- /* Labels of an object that has a value for them: the chart's own win over those, and those over commonLabels. (list root labels). */}}
+{{- define "faf.labelsWith" -}}
+{{- $root := index . 0 }}
+{{- toYaml (mergeOverwrite dict $root.Values.commonLabels (index . 1) (include "faf.ownLabels" $root | fromYaml)) }}
 {{- end }}
 
 {{- /* Annotations of an object, with their key, or nothing: (list root own). */}}
@@ -104,6 +116,14 @@ annotations:
 {{- if .Values.autoscaling.enabled }}{{ .Values.autoscaling.maxReplicas }}{{ else }}{{ .Values.replicas }}{{ end }}
 {{- end }}
 
+{{- /* How many replicas there must be at least; 0 where only the cluster knows. */}}
+{{- define "faf.replicasWanted" -}}
+{{- if eq .Values.mode "daemonset" }}0
+{{- else if .Values.autoscaling.enabled }}{{ .Values.autoscaling.minReplicas }}
+{{- else }}{{ .Values.replicas }}
+{{- end }}
+{{- end }}
+
 {{- /* Whether the Kubernetes API is asked: "true" or nothing. */}}
 {{- define "faf.enriches" -}}
 {{- if ne (include "faf.setting" (list . "enrichment.kubernetes.enabled" "auto")) "false" }}true{{ end }}
@@ -121,6 +141,11 @@ annotations:
 {{- if and (eq .Values.mode "statefulset") .Values.persistence.enabled }}{{ .Values.persistence.size }}
 {{- else if and (eq .Values.mode "daemonset") .Values.daemonset.hostPath.enabled }}{{ .Values.daemonset.hostPath.size }}
 {{- else }}{{ .Values.spool.size }}{{ end }}
+{{- end }}
+
+{{- /* Most bytes the spool may be told: the forwarder takes five eighths of a volume, and file systems keep some for themselves. */}}
+{{- define "faf.spoolBytesMost" -}}
+{{- div (mul (include "faf.bytes" (include "faf.volumeSize" .) | int64) 3) 5 }}
 {{- end }}
 
 {{- /* Whether the spool outlives its pod: "true" or nothing. */}}
@@ -155,7 +180,7 @@ annotations:
 {{- $config := deepCopy .Values.config }}
 {{- $spool := dict
   "directory" (include "faf.spoolDirectory" .)
-  "bytes_max" (div (mul (include "faf.bytes" (include "faf.volumeSize" .) | int64) 3) 4)
+  "bytes_max" (include "faf.spoolBytesMost" . | int64)
   "sync" (ternary "full" "normal" (eq (include "faf.durable" .) "true")) }}
 {{- $derived := dict "spool" $spool }}
 {{- with include "faf.receiver" . | fromYaml }}

@@ -14,15 +14,15 @@ metadata:
     {{- toYaml . | nindent 4 }}
     {{- end }}
   labels:
-    {{- merge (include "faf.selectorLabels" . | fromYaml) .Values.commonLabels .Values.podLabels | toYaml | nindent 4 }}
+    {{- mergeOverwrite dict .Values.commonLabels .Values.podLabels (include "faf.selectorLabels" . | fromYaml) | toYaml | nindent 4 }}
 spec:
-  serviceAccountName: {{ include "faf.serviceAccountName" . }}
+  serviceAccountName: {{ include "faf.serviceAccountName" . | quote }}
   automountServiceAccountToken: {{ eq (include "faf.enriches" .) "true" }}
   enableServiceLinks: false
   terminationGracePeriodSeconds: {{ include "faf.grace" . }}
   {{- range $key := list "priorityClassName" "runtimeClassName" "schedulerName" "dnsPolicy" "dnsConfig" "hostAliases" }}
   {{- with get $.Values $key }}
-  {{ $key }}: {{ if kindIs "string" . }}{{ . }}{{ else }}{{ toYaml . | nindent 4 }}{{ end }}
+  {{ $key }}: {{ if kindIs "string" . }}{{ . | quote }}{{ else }}{{ toYaml . | nindent 4 }}{{ end }}
   {{- end }}
   {{- end }}
   {{- with .Values.imagePullSecrets }}
@@ -135,7 +135,7 @@ spec:
   volumes:
     - name: config
       configMap:
-        name: {{ include "faf.fullname" . }}
+        name: {{ include "faf.fullname" . | quote }}
     - name: tmp
       emptyDir: {sizeLimit: 16Mi}
     {{- if and $daemonset .Values.daemonset.hostPath.enabled }}
@@ -149,7 +149,7 @@ spec:
     {{- if .Values.tls.enabled }}
     - name: tls
       secret:
-        secretName: {{ include "faf.tlsSecret" . }}
+        secretName: {{ include "faf.tlsSecret" . | quote }}
         defaultMode: 0440
         items:
           {{- range concat (list "tls.crt" "tls.key") (ternary (list "ca.crt") list .Values.tls.clientAuth) }}
@@ -159,7 +159,7 @@ spec:
     {{- if .Values.auth.existingSecret }}
     - name: auth
       secret:
-        secretName: {{ .Values.auth.existingSecret }}
+        secretName: {{ .Values.auth.existingSecret | quote }}
         defaultMode: 0440
         items:
           - {key: {{ .Values.auth.secretKey | quote }}, path: credentials}

@@ -3,6 +3,9 @@
 {{- $faults := list }}
 {{- $logs := eq (include "faf.setting" (list . "sinks.cloudwatch_logs.enabled" false)) "true" }}
 {{- $hub := eq (include "faf.setting" (list . "sinks.security_hub.enabled" false)) "true" }}
+{{- if not .Values.image.repository }}
+{{- $faults = append $faults "image.repository: is required; the project publishes no image" }}
+{{- end }}
 {{- if not (or $logs $hub) }}
 {{- $faults = append $faults "config.sinks: no sink is enabled; set config.sinks.cloudwatch_logs.enabled or config.sinks.security_hub.enabled" }}
 {{- end }}
@@ -26,13 +29,14 @@
 {{- else if .Values.daemonset.hostPath.enabled }}
 {{- $faults = append $faults "daemonset.hostPath.enabled: needs mode daemonset" }}
 {{- end }}
-{{- $most := div (mul (include "faf.bytes" (include "faf.volumeSize" .) | int64) 3) 4 }}
+{{- $most := include "faf.spoolBytesMost" . | int64 }}
 {{- $bytes := include "faf.setting" (list . "spool.bytes_max" $most) | int64 }}
-{{- if gt $bytes (int64 $most) }}
-{{- $faults = append $faults (printf "config.spool.bytes_max: %d is more than three quarters of the volume of %s (%d)" $bytes (include "faf.volumeSize" .) (int64 $most)) }}
+{{- if gt $bytes $most }}
+{{- $faults = append $faults (printf "config.spool.bytes_max: %d is more than three fifths of the volume of %s (%d)" $bytes (include "faf.volumeSize" .) $most) }}
 {{- end }}
-{{- if le (int (include "faf.grace" .)) (int .Values.preStopSleepSeconds) }}
-{{- $faults = append $faults "terminationGracePeriodSeconds: leaves no time after preStopSleepSeconds" }}
+{{- /* An emptyDir that outgrows its limit costs the pod; elsewhere the forwarder sees how much room there is. */}}
+{{- if and (not (include "faf.durable" .)) (lt (include "faf.bytes" .Values.spool.size | int64) 536870912) }}
+{{- $faults = append $faults (printf "spool.size: %s is less than 512Mi: with its log and what is kept free, a small spool may outgrow the emptyDir, and the kubelet evicts the pod" .Values.spool.size) }}
 {{- end }}
 {{- if and .Values.serviceMonitor.enabled .Values.podMonitor.enabled }}
 {{- $faults = append $faults "podMonitor.enabled: together with serviceMonitor everything is scraped twice" }}
@@ -51,7 +55,7 @@
 {{- $faults = append $faults "persistence.whenScaled: Delete together with autoscaling loses what a replica that goes has not delivered" }}
 {{- end }}
 {{- end }}
-{{- $faults = concat $faults (include "faf.validateTls" . | fromYamlArray) }}
+{{- $faults = concat $faults (include "faf.validateTls" . | fromYamlArray) (include "faf.validateNames" . | fromYamlArray) (include "faf.validatePaths" . | fromYamlArray) }}
 {{- if $faults }}
 {{- fail (printf "\n\n%d fault(s) in the values:\n  %s\n" (len $faults) (join "\n  " $faults)) }}
 {{- end }}
@@ -91,6 +95,48 @@
 {{- end }}
 {{- if and .Values.service.loadBalancerSourceRanges (ne .Values.service.type "LoadBalancer") }}
 {{- $faults = append $faults "service.loadBalancerSourceRanges: needs service.type LoadBalancer" }}
+{{- end }}
+{{- toYaml $faults }}
+{{- end }}
+
+{{- /* What the API server would refuse later, or half of it: a list. */}}
+{{- define "faf.validateNames" -}}
+{{- $faults := list }}
+{{- range $key := list "nameOverride" "fullnameOverride" "namespaceOverride" }}
+{{- $name := get $.Values $key }}
+{{- if and $name (not (regexMatch "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$" $name)) }}
+{{- $faults = append $faults (printf "%s: %q is no name of small letters, digits and dashes" $key $name) }}
+{{- end }}
+{{- end }}
+{{- if regexMatch ":[^/]*$" .Values.image.repository }}
+{{- $faults = append $faults (printf "image.repository: %s has a tag; that is image.tag" .Values.image.repository) }}
+{{- end }}
+{{- if and (eq .Values.mode "daemonset") (has (toString .Values.daemonset.maxUnavailable) (list "0" "0%")) }}
+{{- $faults = append $faults "daemonset.maxUnavailable: 0 lets no pod be replaced" }}
+{{- end }}
+{{- $needed := add .Values.preStopSleepSeconds (include "faf.setting" (list . "receiver.drain_delay_secs" 2) | float64 | ceil) 5 }}
+{{- if lt (int (include "faf.grace" .)) (int $needed) }}
+{{- $faults = append $faults (printf "terminationGracePeriodSeconds: is less than %d, which preStopSleepSeconds and config.receiver.drain_delay_secs need to answer everybody" $needed) }}
+{{- end }}
+{{- toYaml $faults }}
+{{- end }}
+
+{{- /* A pod that would be ready and reached by nobody, or two mounts in one place: a list. */}}
+{{- define "faf.validatePaths" -}}
+{{- $faults := list }}
+{{- range $key := list "receiver" "admin" }}
+{{- $host := include "faf.setting" (list $ (printf "%s.host" $key) "") }}
+{{- if or (hasPrefix "127." $host) (has $host (list "localhost" "::1")) }}
+{{- $faults = append $faults (printf "config.%s.host: %s is reached by nobody outside the pod; leave it empty" $key $host) }}
+{{- end }}
+{{- end }}
+{{- range .Values.extraEnv }}
+{{- if has .name (list "FORWARDER__RECEIVER__PORT" "FORWARDER__RECEIVER__HOST" "FORWARDER__ADMIN__PORT" "FORWARDER__ADMIN__HOST" "FORWARDER__SPOOL__DIRECTORY") }}
+{{- $faults = append $faults (printf "extraEnv: %s would not be known to the Service, the probes and the mounts; set it under config" .name) }}
+{{- end }}
+{{- end }}
+{{- if has (clean (include "faf.spoolDirectory" .)) (list "/" "/tmp" "/etc/falco-forwarder" (include "faf.tlsDirectory" .) (include "faf.authDirectory" .)) }}
+{{- $faults = append $faults (printf "config.spool.directory: %s is something else's place" (include "faf.spoolDirectory" .)) }}
 {{- end }}
 {{- toYaml $faults }}
 {{- end }}

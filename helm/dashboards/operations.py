@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.monitoring.panels import (
+from helm.dashboards.panels import (
     GREEN,
     ORANGE,
     RED,
@@ -17,7 +17,7 @@ from tests.monitoring.panels import (
     states,
     table,
 )
-from tests.monitoring.queries import SILENT, SILENT_NOW, mean, per_second, quantiles
+from helm.dashboards.queries import EXPECTED, SILENT, SILENT_NOW, mean, per_second, quantiles
 
 OVERVIEW = Row(
     "Now",
@@ -115,7 +115,7 @@ FLOW = Row(
         ),
         graph(
             "Turned away",
-            "Requests without the right credentials, TLS handshakes that failed, connections closed by a limit (age is normal).",
+            "Requests without the right credentials, TLS handshakes that failed, connections closed by a limit (left and age are normal).",
             per_second("auth_failures", "reason", "credentials {{reason}}"),
             per_second("tls_handshakes_failed", "reason", "TLS {{reason}}"),
             per_second("connections_closed", "limit", "limit {{limit}}"),
@@ -327,7 +327,7 @@ SENSORS = Row(
         graph(
             "Nodes Falco should run on",
             "And those whose Falco no replica has heard for so long.",
-            Query("sum(max by (cluster) (falco_forwarder_sensors_expected@{cluster}))", "expected"),
+            EXPECTED,
             SILENT_NOW,
         ),
         table(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.monitoring.panels import Query
+from helm.dashboards.panels import Query
 
 RATE = "[$__rate_interval]"
 
@@ -37,5 +37,10 @@ def mean(metric: str, scope: str = "", by: str = "", legend: str = "") -> Query:
 
 
 SILENT = "time() - max by (cluster, node) (falco_forwarder_sensor_last_seen_seconds@{cluster})"
+EXPECTED = Query(
+    "count(max by (cluster, node) (falco_forwarder_sensor_last_seen_seconds@{cluster})) or vector(0)",
+    "expected",
+)
+"""Each has a series at every replica that watches it: all replicas of a stateful set, the node's own of a daemon set."""
 SILENT_NOW = Query(f"count({SILENT} > $silent_after) or vector(0)", "silent")
 """Nodes nobody hears, whatever replica they are connected to: see docs/sensors.md."""

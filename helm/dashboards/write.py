@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.monitoring.operations import operations
-from tests.monitoring.security import security
+from helm.dashboards.operations import operations
+from helm.dashboards.security import security
 
-FOLDER = Path(__file__).resolve().parents[2] / "helm/falco-aws-forwarder/files/dashboards"
+FOLDER = Path(__file__).resolve().parents[1] / "falco-aws-forwarder/files/dashboards"
 
 
 def texts() -> dict[Path, str]:

@@ -6,8 +6,8 @@ go to where the alerts are, by CloudWatch Logs Insights.
 
 from __future__ import annotations
 
-from tests.monitoring.operations import SENSORS
-from tests.monitoring.panels import (
+from helm.dashboards.operations import SENSORS
+from helm.dashboards.panels import (
     ORANGE,
     RED,
     REPLICAS,
@@ -23,7 +23,7 @@ from tests.monitoring.panels import (
     stat,
     table,
 )
-from tests.monitoring.queries import RATE, SILENT_NOW, per_second
+from helm.dashboards.queries import RATE, SILENT_NOW, per_second
 
 
 def grown(metric: str, legend: str, matchers: str = "", scope: str = "") -> Query:
@@ -37,7 +37,7 @@ def grown(metric: str, legend: str, matchers: str = "", scope: str = "") -> Quer
 OVERVIEW = Row(
     "In the chosen time",
     [
-        stat("Alerts received", "Of all priorities.", grown("stored_events", "stored")),
+        stat("Alerts stored", "Of all priorities, each once.", grown("stored_events", "stored")),
         stat(
             "New findings",
             "Issues Security Hub was told of for the first time.",
@@ -89,21 +89,21 @@ CLOUDWATCH = Row(
         bars(
             "Alerts by priority",
             COST,
-            Logs(f"{ONLY_ALERTS}\n| stats count(*) as alerts by bin($bin), priority"),
+            Logs(f"{ONLY_ALERTS}\n| stats count_distinct(id) as alerts by bin($bin), priority"),
             width=16,
         ),
         table(
             "Rules",
             f"The most frequent. {COST}",
             Logs(
-                f"{ONLY_ALERTS}\n| stats count(*) as alerts by rule, priority\n| sort alerts desc\n| limit 20"
+                f"{ONLY_ALERTS}\n| stats count_distinct(id) as alerts by rule, priority\n| sort alerts desc\n| limit 20"
             ),
         ),
         table(
             "Namespaces",
             f"Of the pods alerts are about. {COST}",
             Logs(
-                "filter ispresent(kubernetes.namespace)\n| stats count(*) as alerts by kubernetes.namespace\n| sort alerts desc\n| limit 20"
+                "filter ispresent(kubernetes.namespace)\n| stats count_distinct(id) as alerts by kubernetes.namespace\n| sort alerts desc\n| limit 20"
             ),
         ),
         table(
@@ -111,7 +111,7 @@ CLOUDWATCH = Row(
             f"Owners of the pods; a rollout does not change them. {COST}",
             Logs(
                 "filter ispresent(kubernetes.workload.name)\n"
-                "| stats count(*) as alerts by kubernetes.namespace, kubernetes.workload.kind, kubernetes.workload.name\n"
+                "| stats count_distinct(id) as alerts by kubernetes.namespace, kubernetes.workload.kind, kubernetes.workload.name\n"
                 "| sort alerts desc\n| limit 20"
             ),
         ),
@@ -119,14 +119,14 @@ CLOUDWATCH = Row(
             "Nodes",
             f"Where it happened. {COST}",
             Logs(
-                "filter ispresent(node.name)\n| stats count(*) as alerts by node.name, node.instance_id\n| sort alerts desc\n| limit 20"
+                "filter ispresent(node.name)\n| stats count_distinct(id) as alerts by node.name, node.instance_id\n| sort alerts desc\n| limit 20"
             ),
         ),
         table(
             "Images",
             f"Of the containers. {COST}",
             Logs(
-                "filter ispresent(kubernetes.image)\n| stats count(*) as alerts by kubernetes.image\n| sort alerts desc\n| limit 20"
+                "filter ispresent(kubernetes.image)\n| stats count_distinct(id) as alerts by kubernetes.image\n| sort alerts desc\n| limit 20"
             ),
         ),
         table(
@@ -216,10 +216,10 @@ KEPT_BACK = Row(
             unit="cps",
         ),
         graph(
-            "Turned away",
-            "Requests without the right credentials, and TLS handshakes that failed.",
+            "Senders refused",
+            "Requests without the right credentials, and TLS handshakes that failed with an error.",
             per_second("auth_failures", "reason", "credentials {{reason}}"),
-            per_second("tls_handshakes_failed", "reason", "TLS {{reason}}"),
+            per_second("tls_handshakes_failed", "reason", "TLS {{reason}}", '|reason!="left"'),
             unit="cps",
         ),
         graph(
