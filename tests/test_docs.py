@@ -15,7 +15,11 @@ from forwarder.sensors_metrics import FAMILIES
 from forwarder.sinks import SINKS, sink_class
 
 ROOT = Path(__file__).parent.parent
-FILES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FILES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "helm").rglob("*.md")),
+]
 LINES_MAX = 400
 
 
@@ -60,7 +64,7 @@ def test_links_between_docs_lead_somewhere(file: Path) -> None:
 
 
 def test_no_source_file_is_too_long() -> None:
-    """Where a stranger would get lost first; docs/decisions says which may be longer and why."""
+    """Where a stranger would get lost first."""
     longer = {
         file.name: count
         for file in (ROOT / "forwarder").rglob("*.py")
