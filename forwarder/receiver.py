@@ -39,7 +39,7 @@ from forwarder.receiver_answers import (
     unauthorised,
 )
 from forwarder.receiver_bodies import Bodies
-from forwarder.receiver_connection import CHUNKED_END, HEADER_END, Connection
+from forwarder.receiver_connection import HEADER_END, Connection
 from forwarder.receiver_files import ReceiverFiles
 from forwarder.receiver_settings import ReceiverSettings
 from forwarder.receiver_tls import Handshake
@@ -231,10 +231,17 @@ class Receiver:
         body = b""
         response: web.Response
         try:
-            if request.method == "POST" and self._is_stranger(request, connection.peer):
-                response = unauthorised()
-            elif request.method != "POST":
+            if request.method != "POST":
                 response = other_methods(request)
+            elif self._files.credentials is not None and self._is_stranger(request, connection.peer):
+                response = unauthorised()
+            elif request.content.is_eof():  # Falco's: header and body came at once
+                body, refusal = self._bodies.whole(request, connection.peer)
+                self._bodies.bytes += len(body)
+                try:
+                    response = refusal or await self._answer(request, body, connection)
+                finally:
+                    self._bodies.bytes -= len(body)
             else:
                 with self._bodies.claim(connection.peer) as claim:
                     body, refusal = await self._bodies.read(request, claim)
@@ -244,19 +251,22 @@ class Receiver:
             log.exception("request failed")
             response = refuse(500, "internal error")
         finally:
-            chunked = request.headers.get("Transfer-Encoding", "").lower() == "chunked"
-            connection.answered(CHUNKED_END if chunked else body or HEADER_END)
+            connection.answered(body or HEADER_END)
         if self._draining or self._loop.time() >= connection.expires_at:
-            if response is self._stored:
-                response = self._stored_closing
-            else:
-                response.force_close()
-            if not self._draining:
-                self.metrics.connections_closed["age"].inc()
+            response = self._last(response)
         if response.status == HTTP_OK:
             self._ok += 1
         else:
             self.metrics.requests[response.status].inc()
+        return response
+
+    def _last(self, response: web.Response) -> web.Response:
+        """The answer that ends its connection: on drain, or because of its age."""
+        if not self._draining:
+            self.metrics.connections_closed["age"].inc()
+        if response is self._stored:
+            return self._stored_closing
+        response.force_close()
         return response
 
     def _is_stranger(self, request: web.BaseRequest, peer: str) -> bool:

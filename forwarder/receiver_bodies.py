@@ -74,25 +74,40 @@ class Bodies:
         else:
             self._peers.pop(peer, None)
 
+    def whole(self, request: web.BaseRequest, peer: str) -> tuple[bytes, web.Response | None]:
+        """A body that has arrived, which is Falco's case; or the refusal. The caller counts its bytes while they wait."""
+        body = request.content.read_nowait()
+        refusal: web.Response | None = None
+        if request.headers.get("Content-Encoding", "identity") != "identity":
+            refusal = self._compressed()
+        elif len(body) > self._settings.body_bytes_max:
+            refusal = self._too_large()
+        elif self.bytes + len(body) > self._settings.bodies_bytes_max:
+            self._turned_away(peer)
+            refusal = too_many()
+        if refusal is not None:
+            refusal.force_close()
+        return body, refusal
+
     async def read(self, request: web.BaseRequest, claim: Claim) -> tuple[bytes, web.Response | None]:
-        """The whole body, or the refusal that ends the connection: the rest is not read."""
-        content = request.content
+        """A body that is still arriving, or the refusal that ends the connection: the rest is not read."""
         body = b""
         refusal: web.Response | None = None
         if request.headers.get("Content-Encoding", "identity") != "identity":
-            refusal = refuse(415, "Content-Encoding is not accepted: Falco never compresses")
-        elif content.is_eof():
-            body = content.read_nowait()
-            refusal = None if claim.grow(len(body)) else too_many()
+            refusal = self._compressed()
         elif (request.content_length or 0) > self._settings.body_bytes_max:
             refusal = self._too_large()
         else:
-            body, refusal = await self._receive(request, content, claim)
+            body, refusal = await self._receive(request, request.content, claim)
         if refusal is None and len(body) > self._settings.body_bytes_max:
             refusal = self._too_large()
         if refusal is not None:
             refusal.force_close()
         return body, refusal
+
+    @staticmethod
+    def _compressed() -> web.Response:
+        return refuse(415, "Content-Encoding is not accepted: Falco never compresses")
 
     def _too_large(self) -> web.Response:
         return refuse(413, f"body larger than {self._settings.body_bytes_max} bytes")

@@ -103,7 +103,7 @@ class Connection(RequestHandler):
 
     def answered(self, end: bytes) -> None:
         """A request is over that ended with these bytes. What came behind them is the beginning of the next header, whose time runs now."""
-        rest = not (self.chunk.endswith(end) or end.endswith(self.chunk))
+        rest = not (self.chunk.endswith(end) or end.endswith(self.chunk) or self.chunk.endswith(CHUNKED_END))
         self.used_at = self._loop.time()
         self.heard_at = self.used_at if rest else None
         self.chunk = b""
