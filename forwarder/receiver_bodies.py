@@ -1,8 +1,8 @@
 """Bodies of requests: read with a limit in size, in time, and in memory for all of them together.
 
 aiohttp has no deadline for a body, and would unpack a compressed one. Memory is counted as it arrives and until the answer is
-given: what a sender only announces costs nobody anything. One address may have half of it, so that a sender that is not
-Falco cannot keep every Falco out by itself.
+given: what a sender only announces costs nobody anything. One address may have half of it with bodies that arrive in pieces, so that
+a sender that is not Falco cannot keep every Falco out by itself. A body that came with its header, as Falco's does, is small.
 """
 
 from __future__ import annotations
